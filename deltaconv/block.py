@@ -1,0 +1,109 @@
+"""The ΔConvBlock: a pyramid of gated depthwise convolutions and a pooled constant."""
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..kernels import GATES, gated_pyramid
+from .layout import canonical_tensor, check_geometry, default_scales, read_geometry
+
+
+class DepthwiseKernel(nn.Module):
+    """A bare depthwise kernel [k, k, h], the layout in which it is published and used."""
+
+    def __init__(self, kernel_size: int, channels: int, *, dtype=None, device=None):
+        super().__init__()
+        shape = (kernel_size, kernel_size, channels)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        bound = 1 / kernel_size
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        return "×".join(map(str, self.weight.shape))
+
+
+class Gate(nn.Module):
+    """One scale of the pyramid; it exists to carry the published tensor name."""
+
+    def __init__(self, kernel_size: int, channels: int, *, dtype=None, device=None):
+        super().__init__()
+        self.conv_spatial = DepthwiseKernel(kernel_size, channels, dtype=dtype, device=device)
+
+
+class DeltaConvBlock(nn.Module):
+    """x [B, H, W, C] → [B, H, W, C], in place of a whole self-attention layer.
+
+    `dim` is C, a multiple of 4; `kernel_size` is odd; `scales` are fractions of H × W; `gate` is
+    "scaled" (SD1.5, SDXL) or "sigmoid" (PixArt). `operations` supplies `Linear`: torch.nn, or the
+    host's own that casts its weights. Raises ValueError for geometry that cannot be.
+
+    y = conv_out(pyramid(conv_up(x))) + conv_pool(mean of x over H, W); source: arXiv 2504.21292.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        scales: Sequence[float] = (1.0, 0.5),
+        gate: str = "scaled",
+        *,
+        operations: ModuleType | type = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        problems = check_geometry(dim, kernel_size)
+        if not scales or not all(0 < scale <= 1 for scale in scales):
+            problems.append(f"scales must be one or more fractions in (0, 1], got {scales=}")
+        if gate not in GATES:
+            problems.append(f"gate must be one of {GATES}, got {gate=}")
+        if problems:
+            raise ValueError("This ΔConvBlock cannot be: " + "; ".join(problems) + ".")
+        self.dim, self.kernel_size = dim, kernel_size
+        self.scales, self.gate = tuple(map(float, scales)), gate
+        inner = dim // 2
+        factory = {"dtype": dtype, "device": device}
+        self.conv_up = operations.Linear(dim, inner, **factory)
+        self.gates = nn.ModuleList(Gate(kernel_size, inner, **factory) for _ in scales)
+        self.conv_out = operations.Linear(inner // 2 * len(scales), dim, **factory)
+        self.conv_pool = operations.Linear(dim, dim, **factory)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: Mapping[str, torch.Tensor],
+        *,
+        gate: str = "scaled",
+        scales: Sequence[float] | None = None,
+        operations: ModuleType | type = nn,
+    ) -> "DeltaConvBlock":
+        """A block that holds copies of `state`'s tensors, in their dtype and on their device.
+
+        `state` has the published names in any of the published layouts; dim, kernel and number of
+        scales are read off the tensors. `scales` default to 1, 1/2, 1/3, as many as there are.
+        Raises ValueError that lists every missing, surplus and misshapen tensor.
+        """
+        geometry = read_geometry({name: tensor.shape for name, tensor in state.items()})
+        scales = default_scales(geometry.num_scales) if scales is None else tuple(scales)
+        if len(scales) != geometry.num_scales:
+            raise ValueError(f"Expected {geometry.num_scales} scales, one per gate, got {scales=}.")
+        shape = (geometry.dim, geometry.kernel_size, scales, gate)
+        block = cls(*shape, operations=operations, device="meta")
+        tensors = {name: canonical_tensor(name, tensor.detach()) for name, tensor in state.items()}
+        # Assigned, not copied into place: the host's modules may hold no weight before they load.
+        block.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
+        return block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, H, W, C] → [B, H, W, C], any B, H, W ≥ 1."""
+        u = self.conv_up(x)
+        # Bare parameters follow the activations, as the host's own modules cast theirs.
+        kernels = [gate.conv_spatial.weight.to(u) for gate in self.gates]
+        pyramid = gated_pyramid(u, kernels, self.scales, self.gate)
+        return self.conv_out(pyramid) + self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
+
+    def extra_repr(self) -> str:
+        scales = ", ".join(f"{scale:.3g}" for scale in self.scales)
+        return f"dim={self.dim}, kernel_size={self.kernel_size}, scales=({scales}), gate={self.gate}"

@@ -1,0 +1,109 @@
+"""The published tensor names of one block, the layouts they come in, and what their shapes say."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+SCALES_BY_COUNT = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 1 / 3)}
+
+_DEPTHWISE = re.compile(r"gates\.(\d+)\.conv_spatial\.weight")
+_LINEARS = ("conv_up", "conv_out", "conv_pool")
+
+
+@dataclass(frozen=True)
+class BlockGeometry:
+    """What the tensors of a block say about it: dim C, kernel k, number of scales S."""
+
+    dim: int
+    kernel_size: int
+    num_scales: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Published name → canonical shape of every tensor of the block."""
+        c, h, k = self.dim, self.dim // 2, self.kernel_size
+        shapes = {"conv_up.weight": (h, c), "conv_up.bias": (h,)}
+        for scale in range(self.num_scales):
+            shapes[f"gates.{scale}.conv_spatial.weight"] = (k, k, h)
+        shapes["conv_out.weight"] = (c, h // 2 * self.num_scales)
+        shapes["conv_out.bias"] = (c,)
+        shapes["conv_pool.weight"] = (c, c)
+        shapes["conv_pool.bias"] = (c,)
+        return shapes
+
+
+def check_geometry(dim: int, kernel_size: int) -> list[str]:
+    """Sentences that say why no block can have this dim and kernel; empty when it can."""
+    problems = []
+    if dim < 4 or dim % 4:
+        problems.append(f"dim must be a positive multiple of 4 (two halves of C/2), got {dim=}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        problems.append(f"kernel_size must be odd and positive, got {kernel_size=}")
+    return problems
+
+
+def canonical_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a tensor after `canonical_tensor`: 1 × 1 convolutions flatten, [h, 1, k, k] turns."""
+    shape = tuple(shape)
+    if _DEPTHWISE.fullmatch(name):
+        if len(shape) == 4 and shape[1] == 1:
+            return (shape[2], shape[3], shape[0])
+    elif len(shape) == 4 and shape[2:] == (1, 1):
+        return shape[:2]
+    return shape
+
+
+def canonical_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the published layout: Linear [out, in], depthwise [k, k, h], contiguous."""
+    if canonical_shape(name, tensor.shape) == tuple(tensor.shape):
+        return tensor.contiguous()
+    if _DEPTHWISE.fullmatch(name):
+        return tensor[:, 0].permute(1, 2, 0).contiguous()
+    return tensor[:, :, 0, 0].contiguous()
+
+
+def read_geometry(shapes: Mapping[str, Sequence[int]]) -> BlockGeometry:
+    """Published names and shapes of one block, in any layout → its geometry.
+
+    Raises ValueError with every missing, surplus and misshapen tensor in one message.
+    """
+    shapes = {name: canonical_shape(name, shape) for name, shape in shapes.items()}
+    scales = [int(match[1]) for match in map(_DEPTHWISE.fullmatch, shapes) if match]
+    # A stray gates.999999 must not make a million "missing" names.
+    num_scales = max((s for s in scales if s < 8), default=0) + 1
+    dim = _first(shapes, (("conv_pool.weight", 1), ("conv_up.weight", 1), ("conv_out.weight", 0)))
+    depthwise = [f"gates.{scale}.conv_spatial.weight" for scale in range(num_scales)]
+    kernel_size = _first(shapes, ((name, 0) for name in depthwise))
+    problems = check_geometry(dim, kernel_size) if dim and kernel_size else []
+
+    geometry = BlockGeometry(dim or 0, kernel_size or 0, num_scales)
+    expected = geometry.shapes()
+    if missing := sorted(expected.keys() - shapes.keys()):
+        problems.append(f"missing: {', '.join(missing)}")
+    if surplus := sorted(shapes.keys() - expected.keys()):
+        problems.append(f"not part of a block: {', '.join(surplus)}")
+    if not problems:
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                reason = " (one kernel size per block)" if name in depthwise else ""
+                problems.append(f"{name} is {list(shapes[name])}, expected {list(shape)}{reason}")
+    if problems:
+        raise ValueError("These tensors do not make a ΔConvBlock: " + "; ".join(problems) + ".")
+    return geometry
+
+
+def default_scales(num_scales: int) -> tuple[float, ...]:
+    """The published scales for a block of that many: 1, 1/2, 1/3 in that order."""
+    if num_scales not in SCALES_BY_COUNT:
+        raise ValueError(f"Expected scales for a block of {num_scales=}: only 1 to 3 have defaults.")
+    return SCALES_BY_COUNT[num_scales]
+
+
+def _first(
+    shapes: Mapping[str, tuple[int, ...]], sources: Iterable[tuple[str, int]]
+) -> int | None:
+    for name, axis in sources:
+        if len(shapes.get(name, ())) >= 2:
+            return shapes[name][axis]
+    return None

@@ -1,0 +1,49 @@
+"""The heavy step of a ΔConvBlock, as torch operators: the definition that every kernel must meet."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+GATES = ("scaled", "sigmoid")
+
+
+def pooled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Size of a map at `scale`, rounded down as published; never below 1 × 1."""
+    return max(1, int(height * scale)), max(1, int(width * scale))
+
+
+def apply_gate(v: torch.Tensor, gate: str) -> torch.Tensor:
+    """v [B, h, H, W] → [B, h/2, H, W]: one half of the channels gates the other.
+
+    `scaled` is a · b · √(h/2), `sigmoid` is a · σ(b).
+    """
+    a, b = v.chunk(2, dim=1)
+    if gate == "scaled":
+        return a * (b * a.shape[1] ** 0.5)
+    if gate == "sigmoid":
+        return a * b.sigmoid()
+    raise ValueError(f"Expected a gate out of {GATES}, got {gate=}.")
+
+
+def gated_pyramid_definition(
+    u: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[float], gate: str
+) -> torch.Tensor:
+    """u [B, H, W, h], one depthwise kernel [k, k, h] per scale → [B, H, W, len(scales) · h/2].
+
+    Each scale pools u to its size, convolves every channel alone (zero padding), gates one half of
+    the channels with the other, and is brought back to H × W bilinearly; the scales are
+    concatenated. Source: arXiv 2504.21292, the pyramid of gated convolutions.
+    """
+    height, width = u.shape[1:3]
+    x = u.movedim(-1, 1)
+    pyramid = []
+    for weight, scale in zip(weights, scales, strict=True):
+        v = x if scale == 1 else F.adaptive_avg_pool2d(x, pooled_size(height, width, scale))
+        kernel = weight.permute(2, 0, 1).unsqueeze(1)
+        v = F.conv2d(v, kernel, padding=weight.shape[0] // 2, groups=u.shape[-1])
+        v = apply_gate(v, gate)
+        if scale != 1:
+            v = F.interpolate(v, (height, width), mode="bilinear", align_corners=False)
+        pyramid.append(v)
+    return torch.cat(pyramid, dim=1).movedim(1, -1)
