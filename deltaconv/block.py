@@ -106,4 +106,4 @@ class DeltaConvBlock(nn.Module):
 
     def extra_repr(self) -> str:
         scales = ", ".join(f"{scale:.3g}" for scale in self.scales)
-        return f"dim={self.dim}, kernel_size={self.kernel_size}, scales=({scales}), gate={self.gate}"
+        return f"{self.dim}, kernel_size={self.kernel_size}, scales=({scales}), gate={self.gate}"

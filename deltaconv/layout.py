@@ -44,7 +44,7 @@ def check_geometry(dim: int, kernel_size: int) -> list[str]:
 
 
 def canonical_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of a tensor after `canonical_tensor`: 1 × 1 convolutions flatten, [h, 1, k, k] turns."""
+    """Shape after `canonical_tensor`: 1 × 1 convolutions flatten, [h, 1, k, k] turns."""
     shape = tuple(shape)
     if _DEPTHWISE.fullmatch(name):
         if len(shape) == 4 and shape[1] == 1:
@@ -96,13 +96,13 @@ def read_geometry(shapes: Mapping[str, Sequence[int]]) -> BlockGeometry:
 def default_scales(num_scales: int) -> tuple[float, ...]:
     """The published scales for a block of that many: 1, 1/2, 1/3 in that order."""
     if num_scales not in SCALES_BY_COUNT:
-        raise ValueError(f"Expected scales for a block of {num_scales=}: only 1 to 3 have defaults.")
+        raise ValueError(
+            f"Expected scales to be given: {num_scales=}, and only 1 to 3 have defaults."
+        )
     return SCALES_BY_COUNT[num_scales]
 
 
-def _first(
-    shapes: Mapping[str, tuple[int, ...]], sources: Iterable[tuple[str, int]]
-) -> int | None:
+def _first(shapes: Mapping[str, tuple[int, ...]], sources: Iterable[tuple[str, int]]) -> int | None:
     for name, axis in sources:
         if len(shapes.get(name, ())) >= 2:
             return shapes[name][axis]

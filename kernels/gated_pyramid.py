@@ -1,4 +1,4 @@
-"""The heavy step of a ΔConvBlock, as torch operators: the definition that every kernel must meet."""
+"""The heavy step of a ΔConvBlock in torch operators: the definition every kernel must meet."""
 
 from collections.abc import Sequence
 

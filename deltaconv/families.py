@@ -1,0 +1,191 @@
+"""The model families with published layouts: their self-attention sites, under both names.
+
+A site path is ComfyUI's name of the attention module inside the diffusion model; its published
+path is the diffusers name of the transformer block that holds the ΔConvBlock as `conv1`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+# Every UNet family here has two residual blocks per level.
+NUM_RES_BLOCKS = (2, 2, 2, 2)
+
+_UNET_SITE = re.compile(
+    r"(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)\.attn1"
+)
+_UNET_PUBLISHED = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)"
+)
+_PIXART_SITE = re.compile(r"blocks\.(\d+)\.attn")
+_PIXART_PUBLISHED = re.compile(r"transformer_blocks\.(\d+)")
+
+
+def to_published(site: str, num_res_blocks: Sequence[int] = NUM_RES_BLOCKS) -> str | None:
+    """ComfyUI's site path → the published path of its transformer block; None if there is none."""
+    if match := _PIXART_SITE.fullmatch(site):
+        return f"transformer_blocks.{match[1]}"
+    if not (match := _UNET_SITE.fullmatch(site)):
+        return None
+    side, number, block = match[1], match[2], match[3]
+    if side is None:
+        return f"mid_block.attentions.0.transformer_blocks.{block}"
+    # input_blocks.0 is the first convolution, and each level ends with a downsampler;
+    # output blocks run from the lowest resolution up, one more per level and no sampler apart.
+    number = int(number) - (side == "input")
+    counts = num_res_blocks if side == "input" else num_res_blocks[::-1]
+    for level, count in enumerate(counts):
+        if number <= count:
+            if side == "input" and number == count:
+                return None
+            name = "down" if side == "input" else "up"
+            return f"{name}_blocks.{level}.attentions.{number}.transformer_blocks.{block}"
+        number -= count + 1
+    return None
+
+
+def from_published(path: str, num_res_blocks: Sequence[int] = NUM_RES_BLOCKS) -> str | None:
+    """The published path of a transformer block → ComfyUI's site path; None if there is none."""
+    if match := _PIXART_PUBLISHED.fullmatch(path):
+        return f"blocks.{match[1]}.attn"
+    if not (match := _UNET_PUBLISHED.fullmatch(path)):
+        return None
+    side, level, attention, block = match[1], match[2], int(match[3]), match[4]
+    tail = f".1.transformer_blocks.{block}.attn1"
+    if side is None:
+        return f"middle_block{tail}" if attention == 0 else None
+    level = int(level)
+    counts = num_res_blocks if side == "down" else num_res_blocks[::-1]
+    if level >= len(counts) or attention >= counts[level] + (side == "up"):
+        return None
+    number = sum(count + 1 for count in counts[:level]) + attention
+    return f"input_blocks.{number + 1}{tail}" if side == "down" else f"output_blocks.{number}{tail}"
+
+
+def resolution_level(site: str, num_res_blocks: Sequence[int] = NUM_RES_BLOCKS) -> int:
+    """How often the map was halved before this site: 0 is the highest resolution."""
+    published = to_published(site, num_res_blocks)
+    match = published and _UNET_PUBLISHED.fullmatch(published)
+    if not match:
+        return 0
+    last = len(num_res_blocks) - 1
+    if match[1] is None:
+        return last
+    return int(match[2]) if match[1] == "down" else last - int(match[2])
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its sites in network order and what the published blocks for it use."""
+
+    name: str
+    title: str
+    gate: str
+    # Latent height and width the family was trained at, and pixels per latent cell.
+    native_latent: int
+    dims: Mapping[str, int]
+    num_res_blocks: tuple[int, ...] = ()
+    # Kernel by resolution level on the way down, in the middle and on the way up; 0: no attention.
+    kernels: Mapping[str, tuple[int, ...]] | None = None
+    published_base: str = ""
+
+    @cached_property
+    def published_paths(self) -> dict[str, str]:
+        """Site path → published path."""
+        counts = self.num_res_blocks
+        return {site: to_published(site, counts) for site in self.dims}
+
+    def published_kernel(self, site: str) -> int | None:
+        """Kernel size the authors ship for this site; None where they ship no blocks."""
+        if not self.kernels:
+            return None
+        by_level = self.kernels[re.match("[a-z]+", site)[0]]
+        level = resolution_level(site, self.num_res_blocks)
+        return by_level[level if len(by_level) > 1 else 0]
+
+
+def _unet(
+    channels: int,
+    multipliers: Sequence[int],
+    down: Sequence[int],
+    middle: int,
+    up: Sequence[int],
+) -> dict[str, int]:
+    """Site path → dim of a UNet; `down`, `up`: transformer depth per level, highest first."""
+    dims = {}
+    for level, (multiplier, depth) in enumerate(zip(multipliers, down, strict=True)):
+        for block in range(2):
+            for k in range(depth):
+                path = f"input_blocks.{level * 3 + block + 1}.1.transformer_blocks.{k}.attn1"
+                dims[path] = channels * multiplier
+    for k in range(middle):
+        dims[f"middle_block.1.transformer_blocks.{k}.attn1"] = channels * multipliers[-1]
+    for step, level in enumerate(reversed(range(len(multipliers)))):
+        for block in range(3):
+            for k in range(up[level]):
+                path = f"output_blocks.{step * 3 + block}.1.transformer_blocks.{k}.attn1"
+                dims[path] = channels * multipliers[level]
+    return dims
+
+
+_SD_DIMS = _unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, (1, 1, 1, 0))
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "sd1",
+            "Stable Diffusion 1.x",
+            "scaled",
+            64,
+            _SD_DIMS,
+            (2, 2, 2, 2),
+            {"input": (7, 9, 5, 0), "middle": (3,), "output": (11, 9, 5, 0)},
+            "DreamShaper, an SD1.5 fine-tune (Lykon/DreamShaper)",
+        ),
+        Family("sd2", "Stable Diffusion 2.x", "scaled", 96, _SD_DIMS, (2, 2, 2, 2)),
+        Family(
+            "sdxl",
+            "Stable Diffusion XL",
+            "scaled",
+            128,
+            _unet(320, (1, 2, 4), (0, 2, 10), 10, (0, 2, 10)),
+            (2, 2, 2),
+            {"input": (0, 9, 7), "middle": (9,), "output": (0, 13, 9)},
+            "SDXL base 1.0 (stabilityai/stable-diffusion-xl-base-1.0)",
+        ),
+        Family(
+            "sdxl-refiner",
+            "Stable Diffusion XL refiner",
+            "scaled",
+            128,
+            _unet(384, (1, 2, 4, 4), (0, 4, 4, 0), 4, (0, 4, 4, 0)),
+            (2, 2, 2, 2),
+        ),
+        Family(
+            "pixart",
+            "PixArt-α/Σ",
+            "sigmoid",
+            128,
+            {f"blocks.{k}.attn": 1152 for k in range(28)},
+            (),
+            {"blocks": (13,)},
+            "PixArt-Σ, 512 or 1024",
+        ),
+    )
+}
+
+
+def families_of(dims: Mapping[str, int]) -> tuple[Family, ...]:
+    """Families whose sites include all of these, with these dims; several where layouts agree."""
+    return tuple(
+        family
+        for family in FAMILIES.values()
+        if all(family.dims.get(site) == dim for site, dim in dims.items())
+    )
+
+
+def family_title(name: str) -> str:
+    """What a person calls the family: its title, or the name itself where none is known."""
+    return FAMILIES[name].title if name in FAMILIES else name or "an unnamed family"

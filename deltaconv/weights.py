@@ -1,0 +1,104 @@
+"""ΔConv weights by site, wherever their tensors live."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from .block import DeltaConvBlock
+from .families import families_of
+from .layout import BlockGeometry, canonical_tensor
+
+
+class WeightsError(ValueError):
+    """ΔConv weights that cannot be read, written or used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class DeltaConvWeights:
+    """ΔConvBlocks by site path, with everything needed to build and describe them.
+
+    `tensors` maps site path → published tensor name → tensor, in any published layout; those of a
+    file are read on access. `family` is what the weights say they are for, "" where they do not
+    say; `base_model` and `training` are the record of where they come from.
+    """
+
+    sites: Mapping[str, BlockGeometry]
+    scales: Mapping[str, tuple[float, ...]]
+    gate: str
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    family: str = ""
+    base_model: str = ""
+    training: Mapping[str, object] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Site path → channels C."""
+        return {site: geometry.dim for site, geometry in self.sites.items()}
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families these weights are for: the one they name, else all whose sites they fit."""
+        if self.family:
+            return (self.family,)
+        return tuple(family.name for family in families_of(self.dims))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of all blocks together."""
+        shapes = (s for geometry in self.sites.values() for s in geometry.shapes().values())
+        return sum(math.prod(shape) for shape in shapes)
+
+    def state(self, site: str) -> dict[str, torch.Tensor]:
+        """Published tensor name → tensor in the published layout.
+
+        Raises WeightsError where values are NaN or infinite.
+        """
+        state = {name: canonical_tensor(name, t) for name, t in self.tensors[site].items()}
+        broken = sorted(name for name, tensor in state.items() if not tensor.isfinite().all())
+        if broken:
+            where = f" of {self.source}" if self.source else ""
+            raise WeightsError(
+                f"Expected finite ΔConv weights, got NaN or infinite values in {site}: "
+                f"{', '.join(broken)}{where}. Get the file again, or train it again with a lower "
+                "learning rate or in a wider dtype."
+            )
+        return state
+
+    def block(
+        self, site: str, *, gate: str | None = None, operations: ModuleType | type = nn
+    ) -> DeltaConvBlock:
+        """The block of one site, built from `operations`; `gate` overrides the weights' own."""
+        return DeltaConvBlock.from_state(
+            self.state(site),
+            gate=gate or self.gate,
+            scales=self.scales[site],
+            operations=operations,
+        )
+
+
+def weights_of_blocks(
+    blocks: Mapping[str, DeltaConvBlock], **description: object
+) -> DeltaConvWeights:
+    """Weights that share the tensors of `blocks` (site path → block), as distillation makes them.
+
+    `description` takes family, base_model, training and source. Raises WeightsError for no blocks
+    or blocks with several gates.
+    """
+    gates = {block.gate for block in blocks.values()}
+    if len(gates) != 1:
+        raise WeightsError(f"Expected blocks with one gate, got {sorted(gates)} in {len(blocks)}.")
+    return DeltaConvWeights(
+        sites={
+            site: BlockGeometry(block.dim, block.kernel_size, len(block.scales))
+            for site, block in blocks.items()
+        },
+        scales={site: block.scales for site, block in blocks.items()},
+        gate=gates.pop(),
+        tensors={site: block.state_dict() for site, block in blocks.items()},
+        **description,
+    )
