@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..kernels import GATES
 from .families import FAMILIES, families_of
@@ -240,8 +240,10 @@ def _write_atomically(
     """Temporary file in the same folder, fsync, then one rename: a reader sees all or nothing."""
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.part")
     try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        with open(temporary, "rb+") as file:
+        # Written here because safetensors' own file is readable by its owner alone.
+        with open(temporary, "xb") as file:
+            file.write(save(dict(tensors), metadata=dict(metadata)))
+            file.flush()
             os.fsync(file.fileno())
         if overwrite:
             os.replace(temporary, path)

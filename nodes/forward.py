@@ -1,0 +1,69 @@
+"""The forwards that stand in for self-attention, in the signatures of the modules they replace."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..deltaconv import DeltaConvBlock
+from .application import Application
+from .sites import Site
+
+
+def unet_forward(
+    site: Site, block: DeltaConvBlock, original: Callable, application: Application
+) -> Callable:
+    """Forward of a UNet's attn1: x [B, N, C] → [B, N, C], by `block` where x is a whole map.
+
+    Where another node tiles, merges or exchanges tokens, or brings keys and values of its own, the
+    block has no map to work on: plain attention runs, and one warning says so.
+    """
+
+    def forward(x, context=None, value=None, mask=None, transformer_options=None):
+        options = {} if transformer_options is None else transformer_options
+        if application.acts:
+            batch, _, height, width = options.get("activations_shape", (0, 0, 0, 0))
+            own = (context is None or context is x) and (value is None or value is x)
+            if own and mask is None and x.shape == (batch, height * width, site.dim):
+                return _on_map(block, x, height, width)
+            expected = (batch, height * width, site.dim)
+            application.say_once("map", _no_map(site, x, expected, own and mask is None))
+        return original(x, context=context, value=value, mask=mask, transformer_options=options)
+
+    return forward
+
+
+def pixart_forward(
+    site: Site,
+    block: DeltaConvBlock,
+    original: Callable,
+    application: Application,
+    patch_size: int,
+) -> Callable:
+    """Forward of PixArt's attn: x [B, N, C] → [B, N, C]; HW is the size of the latent."""
+
+    def forward(x, mask=None, HW=None, block_id=None):
+        if application.acts:
+            # Without HW the module itself takes the map to be square.
+            side = math.isqrt(x.shape[1])
+            height, width = (size // patch_size for size in HW) if HW else (side, side)
+            expected = (x.shape[0], height * width, site.dim)
+            if mask is None and x.shape == expected:
+                return _on_map(block, x, height, width)
+            application.say_once("map", _no_map(site, x, expected, mask is None))
+        return original(x, mask=mask, HW=HW, block_id=block_id)
+
+    return forward
+
+
+def _on_map(block: DeltaConvBlock, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return block(x.unflatten(1, (height, width))).flatten(1, 2)
+
+
+def _no_map(site: Site, x: torch.Tensor, expected: tuple[int, ...], own: bool) -> str:
+    got = f"tokens of shape {list(x.shape)}" if own else "keys, values or a mask of another node"
+    return (
+        f"ΔConv: expected the whole map {list(expected)} at {site.path}, got {got}. Plain "
+        "attention runs where that is so; remove HyperTile, ToMe or the like to use ΔConvBlocks "
+        "everywhere."
+    )
