@@ -1,5 +1,6 @@
 """The published tensor names of one block, the layouts they come in, and what their shapes say."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ class BlockGeometry:
     dim: int
     kernel_size: int
     num_scales: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the block."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Published name → canonical shape of every tensor of the block."""

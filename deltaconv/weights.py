@@ -1,6 +1,5 @@
 """ΔConv weights by site, wherever their tensors live."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -50,8 +49,7 @@ class DeltaConvWeights:
     @property
     def parameters(self) -> int:
         """Number of parameters of all blocks together."""
-        shapes = (s for geometry in self.sites.values() for s in geometry.shapes().values())
-        return sum(math.prod(shape) for shape in shapes)
+        return sum(geometry.parameters for geometry in self.sites.values())
 
     def state(self, site: str) -> dict[str, torch.Tensor]:
         """Published tensor name → tensor in the published layout.

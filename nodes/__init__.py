@@ -1,0 +1,26 @@
+"""The pack's nodes: they translate between ComfyUI and the core, and compute nothing themselves."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import DeltaConvApply
+from .compare import DeltaConvCompare
+from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
+from .folders import register_folders
+from .load_save import DeltaConvLoad, DeltaConvSave
+
+
+class DeltaConvExtension(ComfyExtension):
+    """What ComfyUI asks for when it loads the pack."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            DeltaConvLoad,
+            DeltaConvApply,
+            DeltaConvSave,
+            DeltaConvCompare,
+            DeltaConvDemoModel,
+            DeltaConvDemoPrompt,
+        ]

@@ -1,0 +1,70 @@
+"""The packaged demo: a 7 M-parameter emoji text-to-image UNet, and ΔConv weights distilled from it.
+
+The model draws 64 × 64 RGB pictures in −1…1 without a VAE; NOTICE says where it comes from.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+FAMILY = "emoji-demo"
+NATIVE_SIZE = 64
+MAX_WORDS = 12
+
+_DATA = Path(__file__).parent / "data"
+TEACHER_PATH = _DATA / "emoji_teacher.safetensors"
+DELTACONV_PATH = _DATA / "emoji_deltaconv.safetensors"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """The demo's text encoder: one row per word of the vocabulary, row 0 for all others."""
+
+    vocabulary: dict[str, int]
+    word_embedding: torch.Tensor
+    position_embedding: torch.Tensor
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """prompt → context [1, 12, 64]; unknown words and padding are row 0."""
+        rows = [self.vocabulary.get(word, 0) for word in prompt.lower().split()[:MAX_WORDS]]
+        rows += [0] * (MAX_WORDS - len(rows))
+        return (self.word_embedding[rows] + self.position_embedding)[None]
+
+    def report(self, prompt: str) -> str:
+        """What of the prompt the model cannot read, in words a person can act on."""
+        words = prompt.lower().split()
+        if not words:
+            return "Empty prompt: the model draws without guidance."
+        unknown = list(dict.fromkeys(w for w in words[:MAX_WORDS] if w not in self.vocabulary))
+        sentences = []
+        if unknown:
+            sentences.append(
+                f"Unknown to the demo model, and ignored: {', '.join(unknown)}. It knows "
+                f"{len(self.vocabulary)} words of Unicode emoji names, such as red apple or tiger "
+                "face."
+            )
+        if len(words) > MAX_WORDS:
+            sentences.append(
+                f"The demo model reads {MAX_WORDS} words; ignored: {' '.join(words[MAX_WORDS:])}."
+            )
+        return " ".join(sentences) or f"All {len(words)} words are known to the demo model."
+
+
+def unet_config() -> dict[str, object]:
+    """Arguments of ComfyUI's UNetModel for the teacher."""
+    with safe_open(TEACHER_PATH, framework="pt") as file:
+        return json.loads(file.metadata()["unet_config"])
+
+
+@cache
+def text_encoder() -> TextEncoder:
+    """The packaged text encoder, in float32."""
+    with safe_open(TEACHER_PATH, framework="pt") as file:
+        vocabulary = json.loads(file.metadata()["vocabulary"])
+        words = file.get_tensor("cond_stage_model.word_embedding.weight").float()
+        positions = file.get_tensor("cond_stage_model.position_embedding.weight").float()
+    return TextEncoder({word: row + 1 for row, word in enumerate(vocabulary)}, words, positions)

@@ -1,0 +1,121 @@
+"""What an application of ΔConv weights did to a model, in words."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from . import demo
+from .cost import attention_flops, block_flops
+from .families import FAMILIES, family_title
+from .weights import DeltaConvWeights
+
+_DEFAULT_LATENT = 64
+
+
+@dataclass(frozen=True)
+class ApplicationFacts:
+    """Everything the report of one application is made of.
+
+    `map_size` gives rows and columns of tokens at a site for a latent's height and width;
+    `latent_size` is None where nobody said at which size the model will run.
+    """
+
+    weights: DeltaConvWeights
+    family: str
+    dims: Mapping[str, int]
+    attention_parameters: Mapping[str, int]
+    selected: tuple[str, ...]
+    replaced: tuple[str, ...]
+    gate: str
+    percent_range: tuple[float, float] | None
+    latent_size: tuple[int, int] | None
+    map_size: Callable[[str, int, int], tuple[int, int]]
+    earlier: bool
+    inert: str
+
+
+def application_report(facts: ApplicationFacts) -> str:
+    """The report, one fact a line; warnings last."""
+    lines = [
+        _count(facts),
+        _parameters(facts),
+        _computation(facts),
+        _kernels(facts),
+        _origin(facts),
+    ]
+    if facts.percent_range:
+        start, end = facts.percent_range
+        lines.append(
+            f"acting from {start:.1%} to {end:.1%} of sampling; plain attention runs outside"
+        )
+    if facts.earlier:
+        lines.append("the model carried ΔConvBlocks already; these take their place")
+    if facts.inert:
+        lines.append(facts.inert)
+    return "\n".join(lines)
+
+
+def _count(facts: ApplicationFacts) -> str:
+    total, kept = len(facts.dims), len(facts.dims) - len(facts.replaced)
+    line = f"{len(facts.replaced)} of {total} self-attention layers replaced"
+    if not kept:
+        return line
+    without = len(facts.selected) - len(facts.replaced)
+    reasons = []
+    if total - len(facts.selected):
+        reasons.append(f"{total - len(facts.selected)} not chosen by sites")
+    if without:
+        reasons.append(f"{without} without a block in the weights")
+    return f"{line}; {', '.join(reasons)}"
+
+
+def _parameters(facts: ApplicationFacts) -> str:
+    before = sum(facts.attention_parameters[site] for site in facts.replaced)
+    blocks = [facts.weights.sites[site] for site in facts.replaced]
+    after = sum(geometry.parameters for geometry in blocks)
+    return f"parameters {_short(before)} → {_short(after)}"
+
+
+def _computation(facts: ApplicationFacts) -> str:
+    height, width = facts.latent_size or (_native(facts.family),) * 2
+    before = after = 0
+    for site in facts.replaced:
+        rows, columns = facts.map_size(site, height, width)
+        before += attention_flops(facts.dims[site], rows, columns)
+        weights = facts.weights
+        after += block_flops(weights.sites[site], weights.scales[site], rows, columns)
+    ratio = f", {before / after:.1f} times less" if before > after else ""
+    return (
+        f"computation per step {_short(before)}FLOP → {_short(after)}FLOP{ratio}, for one picture "
+        f"of {width} × {height} latent cells"
+    )
+
+
+def _kernels(facts: ApplicationFacts) -> str:
+    counts = Counter(facts.weights.sites[site].kernel_size for site in facts.replaced)
+    kernels = ", ".join(f"{kernel} × {kernel} in {counts[kernel]}" for kernel in sorted(counts))
+    other = "" if facts.gate == facts.weights.gate else f" (the weights say {facts.weights.gate})"
+    return f"kernels {kernels}; gate {facts.gate}{other}"
+
+
+def _origin(facts: ApplicationFacts) -> str:
+    weights = facts.weights
+    base = weights.base_model or "a model they do not name"
+    families = " or ".join(map(family_title, weights.families)) or "no known family"
+    source = f", from {weights.source}" if weights.source else ""
+    return f"weights made for {base} ({families}){source}"
+
+
+def _native(family: str) -> int:
+    if family == demo.FAMILY:
+        return demo.NATIVE_SIZE
+    return FAMILIES[family].native_latent if family in FAMILIES else _DEFAULT_LATENT
+
+
+def _short(count: float) -> str:
+    """12 345 678 → "12.3 M"; a space stands before the unit."""
+    units = ["", "k", "M", "G", "T", "P"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"

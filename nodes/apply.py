@@ -1,0 +1,124 @@
+"""ΔConv weights onto a MODEL."""
+
+from comfy_api.latest import io
+
+from ..deltaconv.fit import check_fit, select_sites
+from ..deltaconv.report import ApplicationFacts, application_report
+from ..kernels import GATES
+from .application import Application
+from .patch import attach, is_patched, load_blocks
+from .sites import find_sites
+from .types import CATEGORY, DeltaConv
+
+_OWN_GATE = "from the weights"
+
+
+class DeltaConvApply(io.ComfyNode):
+    """MODEL and DELTACONV → MODEL with ΔConvBlocks in place of self-attention, and a report."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvApply",
+            display_name="Apply ΔConv",
+            category=CATEGORY,
+            description="Replace the self-attention layers of a model by the ΔConvBlocks "
+            "distilled from them. Bypass or remove the node and the model is what it was, bit "
+            "for bit.",
+            search_aliases=["ConvFusion", "replace self-attention", "faster sampling"],
+            inputs=[
+                io.Model.Input("model"),
+                DeltaConv.Input("deltaconv"),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in sampling the blocks begin to act; plain attention runs "
+                    "before.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in sampling the blocks stop acting; plain attention runs after.",
+                ),
+                io.String.Input(
+                    "sites",
+                    default="all",
+                    advanced=True,
+                    tooltip="Which layers to replace, separated by commas: all, level 0 (the "
+                    "highest resolution), level 1 …, down, middle, up, or a path with wildcards "
+                    "such as output_blocks.*; a leading - leaves out.",
+                ),
+                io.Combo.Input(
+                    "gate",
+                    options=[_OWN_GATE, *GATES],
+                    default=_OWN_GATE,
+                    advanced=True,
+                    tooltip="The gate that the blocks were trained with. Only for files that do "
+                    "not say it and whose family usually has the other one.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Only its size is used: the report counts the computation for it "
+                    "rather than for the family's usual size.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        deltaconv,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        sites: str = "all",
+        gate: str = _OWN_GATE,
+        latent=None,
+    ) -> io.NodeOutput:
+        if start_percent >= end_percent:
+            raise ValueError(
+                "Expected start_percent below end_percent, got "
+                f"{start_percent=} and {end_percent=}: the blocks would never act."
+            )
+        gate = deltaconv.gate if gate == _OWN_GATE else gate
+        model_sites = find_sites(model)
+        check_fit(deltaconv, model_sites.dims, model_sites.family)
+        selected = select_sites(model_sites.levels, sites)
+        replaced = tuple(site for site in selected if site in deltaconv.sites)
+        if not replaced:
+            raise ValueError(
+                f"Expected blocks for the layers chosen by {sites!r}, got weights for "
+                f"{len(deltaconv.sites)} layers and none of these. Choose sites that they have."
+            )
+        always = (start_percent, end_percent) == (0.0, 1.0)
+        application = Application(
+            model_sites, replaced, None if always else (start_percent, end_percent)
+        )
+        blocks = load_blocks(deltaconv, replaced, gate, model.model.get_dtype_inference())
+        patched = attach(model, blocks, application)
+        size = None if latent is None else tuple(latent["samples"].shape[-2:])
+        facts = ApplicationFacts(
+            weights=deltaconv,
+            family=model_sites.family,
+            dims=model_sites.dims,
+            attention_parameters={
+                path: site.parameters for path, site in model_sites.sites.items()
+            },
+            selected=tuple(selected),
+            replaced=replaced,
+            gate=gate,
+            percent_range=application.percent_range,
+            latent_size=size,
+            map_size=model_sites.map_size,
+            earlier=is_patched(model),
+            inert=application.inert_patches(patched),
+        )
+        return io.NodeOutput(patched, application_report(facts))

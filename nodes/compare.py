@@ -1,0 +1,45 @@
+"""Two batches of pictures side by side."""
+
+from comfy_api.latest import io
+
+from ..deltaconv.compare import compare, side_by_side
+from .types import CATEGORY
+
+
+class DeltaConvCompare(io.ComfyNode):
+    """Two IMAGE batches → one labelled picture, PSNR and SSIM as text and numbers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvCompare",
+            display_name="Compare Pictures (PSNR, SSIM)",
+            category=CATEGORY,
+            description="Put two batches of pictures side by side and measure how far apart they "
+            "are: PSNR in dB and SSIM, pair by pair and on average.",
+            search_aliases=["psnr", "ssim", "side by side", "A/B"],
+            inputs=[
+                io.Image.Input("images_a"),
+                io.Image.Input("images_b"),
+                io.String.Input("label_a", default="self-attention"),
+                io.String.Input("label_b", default="DeltaConv"),
+            ],
+            outputs=[
+                io.Image.Output(display_name="side_by_side"),
+                io.String.Output(display_name="report"),
+                io.Float.Output(
+                    display_name="psnr", tooltip="Mean over the pairs in dB; inf when identical."
+                ),
+                io.Float.Output(
+                    display_name="ssim", tooltip="Mean over the pairs; NaN without kornia."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images_a, images_b, label_a: str, label_b: str) -> io.NodeOutput:
+        result = compare(images_a, images_b)
+        captions = [result.caption(index) for index in range(len(result.psnr))]
+        sheet = side_by_side(images_a, images_b, label_a, label_b, captions)
+        ssim = float("nan") if result.mean_ssim is None else result.mean_ssim
+        return io.NodeOutput(sheet, result.report(), result.mean_psnr, ssim)

@@ -1,0 +1,53 @@
+"""The packaged demo model and its text encoder, as nodes."""
+
+from comfy_api.latest import io
+
+from ..deltaconv import demo, read_weights
+from .demo_model import load_demo_model
+from .types import CATEGORY, DeltaConv
+
+
+class DeltaConvDemoModel(io.ComfyNode):
+    """The packaged teacher and the ΔConv weights distilled from it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvDemoModel",
+            display_name="ΔConv Demo Model",
+            category=CATEGORY,
+            description="A tiny emoji text-to-image model that comes with this pack, and ΔConv "
+            "weights distilled from it: everything runs on a CPU, and nothing is downloaded. Use "
+            "it with ΔConv Demo Prompt, an empty 64 × 64 Chroma Radiance latent and the "
+            "pixel_space VAE.",
+            search_aliases=["ConvFusion demo", "emoji"],
+            inputs=[],
+            outputs=[io.Model.Output(), DeltaConv.Output(display_name="deltaconv")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(load_demo_model(), read_weights(demo.DELTACONV_PATH))
+
+
+class DeltaConvDemoPrompt(io.ComfyNode):
+    """Text → CONDITIONING of the demo model, and what it could not read."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvDemoPrompt",
+            display_name="ΔConv Demo Prompt",
+            category=CATEGORY,
+            description="Encode a prompt for the ΔConv Demo Model. It knows the words of Unicode "
+            "emoji names; the report names those it does not know. Empty text is the "
+            "unconditional prompt.",
+            search_aliases=["ConvFusion demo prompt"],
+            inputs=[io.String.Input("text", default="red apple", multiline=True)],
+            outputs=[io.Conditioning.Output(), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        encoder = demo.text_encoder()
+        return io.NodeOutput([[encoder.encode(text), {}]], encoder.report(text))

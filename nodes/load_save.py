@@ -1,0 +1,90 @@
+"""ΔConv weights from a file, and to one."""
+
+import os
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..deltaconv import read_weights, write_weights
+from .folders import FOLDER, find_file, list_files, output_folder
+from .types import CATEGORY, DeltaConv
+
+
+class DeltaConvLoad(io.ComfyNode):
+    """A file of the folder `deltaconv` → DELTACONV; only its header is read here."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvLoad",
+            display_name="Load ΔConv Weights",
+            category=CATEGORY,
+            description="Load ΔConv weights, published or your own, from models/deltaconv or "
+            "output/deltaconv.",
+            search_aliases=["ConvFusion", "DeltaConvFusion", "convolution instead of attention"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_files(),
+                    tooltip="A .safetensors file in models/deltaconv (or a folder that "
+                    "extra_model_paths.yaml names deltaconv) or in output/deltaconv.",
+                )
+            ],
+            outputs=[DeltaConv.Output(display_name="deltaconv")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        try:
+            find_file(file)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        """Load again when the file was written again."""
+        status = find_file(file).stat()
+        return f"{status.st_mtime_ns}:{status.st_size}"
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(read_weights(find_file(file)))
+
+
+class DeltaConvSave(io.ComfyNode):
+    """DELTACONV → a numbered file in output/deltaconv, and its name."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvSave",
+            display_name="Save ΔConv Weights",
+            category=CATEGORY,
+            description="Save ΔConv weights to output/deltaconv, from where Load ΔConv Weights "
+            "offers them; numbered, never overwriting.",
+            search_aliases=["ConvFusion save"],
+            is_output_node=True,
+            inputs=[
+                DeltaConv.Input("deltaconv"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="deltaconv",
+                    tooltip="Start of the file name below output/deltaconv; subfolders and "
+                    "%year%, %month%, %day% … work as in core's save nodes.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file")],
+        )
+
+    @classmethod
+    def execute(cls, deltaconv, filename_prefix: str) -> io.NodeOutput:
+        base = output_folder()
+        os.makedirs(base, exist_ok=True)
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, base
+        )
+        file = f"{name}_{counter:05}_.safetensors"
+        write_weights(deltaconv, os.path.join(folder, file))
+        folder_paths.filename_list_cache.pop(FOLDER, None)
+        return io.NodeOutput(os.path.join(subfolder, file))
