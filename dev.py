@@ -11,10 +11,9 @@ if sys.version_info < (3, 10):  # noqa: UP036 (an older Python gets a sentence, 
     sys.exit(f"dev.py needs Python 3.10 or newer, got {found}. Run it with a newer one.")
 
 import os
-import signal
 import subprocess
 
-from development import DevelopmentError
+from development import DevelopmentError, unwind_when_terminated
 from development.comfyui import OLDEST
 from development.environment import ensure
 
@@ -43,7 +42,7 @@ def main(argv: list[str]) -> int:
     if command not in COMMANDS:
         print(f"Unknown command {command!r}.\n{usage()}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    unwind_when_terminated()
     try:
         python = ensure([OLDEST] if command in NEEDS_OLDEST else [])
     except DevelopmentError as error:

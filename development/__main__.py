@@ -1,15 +1,13 @@
 """`python -I -m comfyui_deltaconv.development COMMAND …`: how dev.py enters its environment."""
 
 import importlib
-import signal
 import sys
 
-from . import DevelopmentError
+from . import DevelopmentError, unwind_when_terminated
 
 
 def main(command: str, *arguments: str) -> int:
-    # SIGTERM unwinds like Ctrl-C, so every server and child is stopped by its own `finally`.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    unwind_when_terminated()
     module = importlib.import_module(f".{command}", __package__)
     try:
         return module.main(list(arguments))
