@@ -1,0 +1,72 @@
+"""Set up, try, test and develop the pack: `python dev.py COMMAND`; without a command it lists them.
+
+This file and what it imports use the standard library only. It keeps the environment in `.venv`
+beside it, then runs `development/<command>.py` inside.
+"""
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 (an older Python gets a sentence, not a SyntaxError)
+    found = ".".join(map(str, sys.version_info[:3]))
+    sys.exit(f"dev.py needs Python 3.10 or newer, got {found}. Run it with a newer one.")
+
+import os
+import subprocess
+
+from development import DevelopmentError, unwind_when_terminated
+from development.comfyui import OLDEST
+from development.environment import ensure
+
+# To add a command: write development/<command>.py with `main(argv: list[str]) -> int`, add a line.
+COMMANDS = {
+    "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
+    "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
+    "lint": "check style and formatting",
+    "serve": "start ComfyUI with the pack loaded, for your browser",
+    "test": "run the tests; --all adds the long tier, the rest goes to pytest",
+}
+# The oldest supported ComfyUI is fetched for these alone; the newest one, or yours, for all.
+NEEDS_OLDEST = {"test"}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items()]
+    return "\n".join(["usage: python dev.py COMMAND [arguments]", "", *lines])
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command, *arguments = argv
+    if command not in COMMANDS:
+        print(f"Unknown command {command!r}.\n{usage()}", file=sys.stderr)
+        return 2
+    unwind_when_terminated()
+    try:
+        python = ensure([OLDEST] if command in NEEDS_OLDEST else [])
+    except DevelopmentError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The next run goes on where this one was.", file=sys.stderr)
+        return 130
+    # -I keeps this folder off the path: its `nodes` would shadow ComfyUI's module of that name.
+    line = [python, "-I", "-m", "comfyui_deltaconv.development", command, *arguments]
+    if os.name == "posix":
+        sys.stdout.flush()
+        os.execv(python, line)
+    child = subprocess.Popen(line)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            # Ctrl-C reached the child as well; it cleans up and ends by itself.
+            continue
+
+
+if __name__ == "__main__":
+    # Messages hold a Δ; a console with a narrow encoding shows a ? instead of failing.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    sys.exit(main(sys.argv[1:]))
