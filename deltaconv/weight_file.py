@@ -215,7 +215,7 @@ def _are_scales(values: object, count: int) -> bool:
     return (
         isinstance(values, list | tuple)
         and len(values) == count
-        and all(isinstance(v, int | float) and 0 < v <= 1 for v in values)
+        and all(type(v) in (int, float) and 0 < v <= 1 for v in values)
     )
 
 

@@ -6,7 +6,7 @@ from ..deltaconv.fit import check_fit, select_sites
 from ..deltaconv.report import ApplicationFacts, application_report
 from ..kernels import GATES
 from .application import Application
-from .patch import attach, is_patched, load_blocks
+from .patch import attach, compute_dtype, is_patched, load_blocks
 from .sites import find_sites
 from .types import CATEGORY, DeltaConv
 
@@ -102,7 +102,7 @@ class DeltaConvApply(io.ComfyNode):
         application = Application(
             model_sites, replaced, None if always else (start_percent, end_percent)
         )
-        blocks = load_blocks(deltaconv, replaced, gate, model.model.get_dtype_inference())
+        blocks = load_blocks(deltaconv, replaced, gate, compute_dtype(model))
         patched = attach(model, blocks, application)
         size = None if latent is None else tuple(latent["samples"].shape[-2:])
         facts = ApplicationFacts(

@@ -85,6 +85,11 @@ def _load_blocks_again(weights, sites, gate, dtype, disable_dynamic=False):
     return load_blocks(weights, sites, gate, dtype)
 
 
+def compute_dtype(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
+    """The dtype that the model's activations have, whatever its weights are stored in."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+
+
 def attach(
     model: comfy.model_patcher.ModelPatcher,
     blocks: comfy.model_patcher.ModelPatcher,
