@@ -1,7 +1,12 @@
-"""The forwards that stand in for self-attention, in the signatures of the modules they replace."""
+"""The forwards that stand in for self-attention, in the signatures of the modules they replace.
+
+They hold their block weakly. A forward stays on the model object until the next clone is loaded;
+were it to own the block, ComfyUI would report a memory leak once the patched clone is gone.
+"""
 
 import math
 from collections.abc import Callable
+from weakref import ReferenceType
 
 import torch
 
@@ -9,9 +14,11 @@ from ..deltaconv import DeltaConvBlock
 from .application import Application
 from .sites import Site
 
+Block = ReferenceType[DeltaConvBlock]
+
 
 def unet_forward(
-    site: Site, block: DeltaConvBlock, original: Callable, application: Application
+    site: Site, block: Block, original: Callable, application: Application
 ) -> Callable:
     """Forward of a UNet's attn1: x [B, N, C] → [B, N, C], by `block` where x is a whole map.
 
@@ -21,11 +28,11 @@ def unet_forward(
 
     def forward(x, context=None, value=None, mask=None, transformer_options=None):
         options = {} if transformer_options is None else transformer_options
-        if application.acts:
+        if application.acts and (convolve := block()):
             batch, _, height, width = options.get("activations_shape", (0, 0, 0, 0))
             own = (context is None or context is x) and (value is None or value is x)
             if own and mask is None and x.shape == (batch, height * width, site.dim):
-                return _on_map(block, x, height, width)
+                return _on_map(convolve, x, height, width)
             expected = (batch, height * width, site.dim)
             application.say_once("map", _no_map(site, x, expected, own and mask is None))
         return original(x, context=context, value=value, mask=mask, transformer_options=options)
@@ -35,7 +42,7 @@ def unet_forward(
 
 def pixart_forward(
     site: Site,
-    block: DeltaConvBlock,
+    block: Block,
     original: Callable,
     application: Application,
     patch_size: int,
@@ -43,13 +50,13 @@ def pixart_forward(
     """Forward of PixArt's attn: x [B, N, C] → [B, N, C]; HW is the size of the latent."""
 
     def forward(x, mask=None, HW=None, block_id=None):
-        if application.acts:
+        if application.acts and (convolve := block()):
             # Without HW the module itself takes the map to be square.
             side = math.isqrt(x.shape[1])
             height, width = (size // patch_size for size in HW) if HW else (side, side)
             expected = (x.shape[0], height * width, site.dim)
             if mask is None and x.shape == expected:
-                return _on_map(block, x, height, width)
+                return _on_map(convolve, x, height, width)
             application.say_once("map", _no_map(site, x, expected, mask is None))
         return original(x, mask=mask, HW=HW, block_id=block_id)
 

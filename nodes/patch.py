@@ -8,6 +8,7 @@ ComfyUI loads, counts and unloads them.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 import comfy.model_management
 import comfy.model_patcher
@@ -48,8 +49,8 @@ class DeltaConvBlocks(torch.nn.Module):
 class Binding:
     """What a patched forward was bound to: a clone over anything else needs another."""
 
-    model: torch.nn.Module
-    blocks: DeltaConvBlocks
+    model: ReferenceType[torch.nn.Module]
+    blocks: ReferenceType[DeltaConvBlocks]
     original: Callable
     # Whether `original` is another node's object patch and not the model's own.
     chained: bool
@@ -138,11 +139,11 @@ def _bind(
         site = application.model_sites.sites[path]
         original, chained = _original_forward(patcher, site)
         forward = (
-            unet_forward(site, blocks[path], original, application)
+            unet_forward(site, ref(blocks[path]), original, application)
             if patch_size is None
-            else pixart_forward(site, blocks[path], original, application, patch_size)
+            else pixart_forward(site, ref(blocks[path]), original, application, patch_size)
         )
-        forward.deltaconv = Binding(patcher.model, blocks, original, chained)
+        forward.deltaconv = Binding(ref(patcher.model), ref(blocks), original, chained)
         patcher.add_object_patch(site.forward_key, forward)
 
 
@@ -154,7 +155,7 @@ def _rebind(application: Application, _, clone: comfy.model_patcher.ModelPatcher
         forward = clone.object_patches.get(application.model_sites.sites[path].forward_key)
         binding = getattr(forward, "deltaconv", None)
         # A forward that somebody put on top of ours is theirs to rebind.
-        if binding and (binding.model is not clone.model or binding.blocks is not blocks):
+        if binding and (binding.model() is not clone.model or binding.blocks() is not blocks):
             stale.append(path)
     _bind(clone, application, stale)
 

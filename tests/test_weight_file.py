@@ -1,4 +1,4 @@
-"""The file format: what it reads, what it writes, what it refuses, and that a refusal is harmless."""
+"""The file format: what it reads, writes and refuses, and that a refusal does no harm."""
 
 import json
 import os
