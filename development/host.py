@@ -15,4 +15,6 @@ def enter(tree: Path, base: Path) -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    # Some CPUs would be given bfloat16.
+    args.force_fp32 = True
     args.base_directory = str(base)
