@@ -2,14 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import demo
+from .choice import Choice
 from .cost import attention_flops, block_flops
 from .families import FAMILIES, family_title
 from .weights import DeltaConvWeights
 
 _DEFAULT_LATENT = 64
+_UNDECIDED = (
+    "attention stays where it is faster: each layer is timed at the first step, and the log says "
+    "what was chosen; connect a latent to know it here"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class ApplicationFacts:
     map_size: Callable[[str, int, int], tuple[int, int]]
     earlier: bool
     inert: str
+    where_faster: bool = False
+    chosen: Mapping[tuple[str, tuple[int, int, int]], Choice] = field(default_factory=dict)
 
 
 def application_report(facts: ApplicationFacts) -> str:
@@ -48,11 +55,40 @@ def application_report(facts: ApplicationFacts) -> str:
         lines.append(
             f"acting from {start:.1%} to {end:.1%} of sampling; plain attention runs outside"
         )
+    if facts.where_faster:
+        lines.extend(choices_report(facts.chosen) or [_UNDECIDED])
     if facts.earlier:
         lines.append("the model carried ΔConvBlocks already; these take their place")
     if facts.inert:
         lines.append(facts.inert)
     return "\n".join(lines)
+
+
+def choices_report(chosen: Mapping[tuple[str, tuple[int, int, int]], Choice]) -> list[str]:
+    """One sentence per shape of the whole model: where attention stayed, being faster.
+
+    `chosen` maps site path and shape [B, H, W] to the choice made there.
+    """
+    by_batch: dict[int, list[tuple[str, tuple[int, int, int], Choice]]] = {}
+    for (site, shape), choice in chosen.items():
+        by_batch.setdefault(shape[0], []).append((site, shape, choice))
+    sentences = []
+    for batch, entries in by_batch.items():
+        kept = [entry for entry in entries if not entry[2].takes_block]
+        sentence = (
+            f"blocks run in {len(entries) - len(kept)} of {len(entries)} layers and shapes at "
+            f"batch {batch}, attention stays where it is faster"
+        )
+        details = [
+            f"{site} at {height} × {width} ({_ms(choice.attention)} against {_ms(choice.block)})"
+            for site, (_, height, width), choice in kept
+        ]
+        sentences.append(f"{sentence}: {', '.join(details)}" if details else sentence)
+    return sentences
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.3g} ms"
 
 
 def _count(facts: ApplicationFacts) -> str:

@@ -2,13 +2,21 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from comfy.model_patcher import ModelPatcher
 
-from .sites import ModelSites
+from ..deltaconv import DeltaConvBlock
+from ..deltaconv.choice import Choice, Choices
+from ..deltaconv.report import choices_report
+from .sites import ModelSites, Site
 
 log = logging.getLogger(__name__)
+
+# Measured once a process: every application of every model draws on the same.
+_CHOICES = Choices()
 
 
 @dataclass
@@ -19,6 +27,10 @@ class Application:
     replaced: tuple[str, ...]
     # Fractions of sampling between which the blocks act; None: always.
     percent_range: tuple[float, float] | None = None
+    # Whether attention stays where it is the faster of the two on this device.
+    where_faster: bool = False
+    # Site path and shape [B, H, W] → what was chosen for it, in the order first met.
+    chosen: dict[tuple[str, tuple[int, int, int]], Choice] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _run: threading.local = field(default_factory=threading.local)
 
@@ -32,6 +44,35 @@ class Application:
         if key not in self._said:
             self._said.add(key)
             log.warning(message)
+
+    def compute(
+        self,
+        site: Site,
+        block: DeltaConvBlock,
+        x: torch.Tensor,
+        size: tuple[int, int],
+        attend: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """x [B, H·W, C] → [B, H·W, C] by the block, or by attention where that is faster."""
+
+        def convolve():
+            return block(x.unflatten(1, size)).flatten(1, 2)
+
+        # A compiler traces one way; timing it would time the tracing.
+        if not self.where_faster or torch.compiler.is_compiling():
+            return convolve()
+        shape = (x.shape[0], *size)
+        layer = (site.dim, site.parameters, block.kernel_size, block.scales, block.gate)
+        choice = _CHOICES.choose((x.device, x.dtype, shape, layer), x.device, convolve, attend)
+        self.chosen[site.path, shape] = choice
+        return convolve() if choice.takes_block else attend()
+
+    def after_sampling(self, _: ModelPatcher) -> None:
+        """ON_CLEANUP callback: say once what was chosen for every shape."""
+        for sentence in choices_report(self.chosen):
+            if sentence not in self._said:
+                self._said.add(sentence)
+                log.info("ΔConv: %s", sentence)
 
     def around_model_call(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper: note whether this sigma lies within the range, PixArt too."""

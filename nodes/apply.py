@@ -6,11 +6,12 @@ from ..deltaconv.fit import check_fit, select_sites
 from ..deltaconv.report import ApplicationFacts, application_report
 from ..kernels import GATES
 from .application import Application
-from .patch import attach, compute_dtype, is_patched, load_blocks
+from .patch import attach, choose_ways, compute_dtype, is_patched, load_blocks
 from .sites import find_sites
 from .types import CATEGORY, DeltaConv
 
 _OWN_GATE = "from the weights"
+_ALWAYS, _WHERE_FASTER = "always", "where faster"
 
 
 class DeltaConvApply(io.ComfyNode):
@@ -68,6 +69,15 @@ class DeltaConvApply(io.ComfyNode):
                     tooltip="Only its size is used: the report counts the computation for it "
                     "rather than for the family's usual size.",
                 ),
+                io.Combo.Input(
+                    "when",
+                    options=[_ALWAYS, _WHERE_FASTER],
+                    default=_ALWAYS,
+                    optional=True,
+                    tooltip="where faster: every layer is timed once at its size on this device, "
+                    "and plain attention stays where it wins. With a latent connected the report "
+                    "says where; otherwise the log does, after the first sampling.",
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="report")],
         )
@@ -82,6 +92,7 @@ class DeltaConvApply(io.ComfyNode):
         sites: str = "all",
         gate: str = _OWN_GATE,
         latent=None,
+        when: str = _ALWAYS,
     ) -> io.NodeOutput:
         if start_percent >= end_percent:
             raise ValueError(
@@ -100,11 +111,17 @@ class DeltaConvApply(io.ComfyNode):
             )
         always = (start_percent, end_percent) == (0.0, 1.0)
         application = Application(
-            model_sites, replaced, None if always else (start_percent, end_percent)
+            model_sites,
+            replaced,
+            None if always else (start_percent, end_percent),
+            where_faster=when == _WHERE_FASTER,
         )
         blocks = load_blocks(deltaconv, replaced, gate, compute_dtype(model))
         patched = attach(model, blocks, application)
         size = None if latent is None else tuple(latent["samples"].shape[-2:])
+        if application.where_faster and size:
+            # Guidance runs the positive and the negative prompt in one batch.
+            choose_ways(patched, application, 2 * latent["samples"].shape[0], size)
         facts = ApplicationFacts(
             weights=deltaconv,
             family=model_sites.family,
@@ -120,5 +137,7 @@ class DeltaConvApply(io.ComfyNode):
             map_size=model_sites.map_size,
             earlier=is_patched(model),
             inert=application.inert_patches(patched),
+            where_faster=application.where_faster,
+            chosen=application.chosen,
         )
         return io.NodeOutput(patched, application_report(facts))

@@ -28,14 +28,18 @@ def unet_forward(
 
     def forward(x, context=None, value=None, mask=None, transformer_options=None):
         options = {} if transformer_options is None else transformer_options
-        if application.acts and (convolve := block()):
+
+        def attend():
+            return original(x, context=context, value=value, mask=mask, transformer_options=options)
+
+        if application.acts and (convolution := block()):
             batch, _, height, width = options.get("activations_shape", (0, 0, 0, 0))
             own = (context is None or context is x) and (value is None or value is x)
             if own and mask is None and x.shape == (batch, height * width, site.dim):
-                return _on_map(convolve, x, height, width)
+                return application.compute(site, convolution, x, (height, width), attend)
             expected = (batch, height * width, site.dim)
             application.say_once("map", _no_map(site, x, expected, own and mask is None))
-        return original(x, context=context, value=value, mask=mask, transformer_options=options)
+        return attend()
 
     return forward
 
@@ -50,21 +54,20 @@ def pixart_forward(
     """Forward of PixArt's attn: x [B, N, C] → [B, N, C]; HW is the size of the latent."""
 
     def forward(x, mask=None, HW=None, block_id=None):
-        if application.acts and (convolve := block()):
+        def attend():
+            return original(x, mask=mask, HW=HW, block_id=block_id)
+
+        if application.acts and (convolution := block()):
             # Without HW the module itself takes the map to be square.
             side = math.isqrt(x.shape[1])
             height, width = (size // patch_size for size in HW) if HW else (side, side)
             expected = (x.shape[0], height * width, site.dim)
             if mask is None and x.shape == expected:
-                return _on_map(convolve, x, height, width)
+                return application.compute(site, convolution, x, (height, width), attend)
             application.say_once("map", _no_map(site, x, expected, mask is None))
-        return original(x, mask=mask, HW=HW, block_id=block_id)
+        return attend()
 
     return forward
-
-
-def _on_map(block: DeltaConvBlock, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return block(x.unflatten(1, (height, width))).flatten(1, 2)
 
 
 def _no_map(site: Site, x: torch.Tensor, expected: tuple[int, ...], own: bool) -> str:

@@ -100,6 +100,7 @@ def attach(
     patched = detach(model)
     patched.set_additional_models(KEY, [blocks])
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, application.before_sampling)
+    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, application.after_sampling)
     rebind = functools.partial(_rebind, application)
     for event in _CLONE_EVENTS:
         patched.add_callback_with_key(event, KEY, rebind)
@@ -109,11 +110,33 @@ def attach(
     return patched
 
 
+def choose_ways(
+    patched: comfy.model_patcher.ModelPatcher,
+    application: Application,
+    batch: int,
+    latent_size: tuple[int, int],
+) -> None:
+    """Run every patched site once on noise, so that it is known which way is faster there."""
+    models = [patched, *patched.get_nested_additional_models()]
+    comfy.model_management.load_models_gpu(models)
+    dtype, device = compute_dtype(patched), patched.load_device
+    for path in application.replaced:
+        site = application.model_sites.sites[path]
+        rows, columns = application.model_sites.map_size(path, *latent_size)
+        x = torch.randn(batch, rows * columns, site.dim, dtype=dtype, device=device)
+        if application.model_sites.patch_size is None:
+            place = {"transformer_options": {"activations_shape": [batch, 0, rows, columns]}}
+        else:
+            place = {"HW": latent_size}
+        patched.object_patches[site.forward_key](x, **place)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` without any ΔConvBlocks."""
     clone = model.clone()
     clone.remove_additional_models(KEY)
-    for event in (CallbacksMP.ON_PRE_RUN, *_CLONE_EVENTS):
+    for event in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP, *_CLONE_EVENTS):
         clone.remove_callbacks_with_key(event, KEY)
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     for name, forward in list(clone.object_patches.items()):

@@ -396,6 +396,49 @@ def test_the_gate_override_is_used(base, weights):
     )
 
 
+def choose_by(monkeypatch, takes_block):
+    """Times that come out as told, so that both ways are tested on any machine."""
+    from comfyui_deltaconv.deltaconv import choice
+    from comfyui_deltaconv.nodes import application
+
+    def told(device, call):
+        call()
+        return 0.01 if (call.__name__ == "convolve") == takes_block else 0.02
+
+    monkeypatch.setattr(choice, "seconds", told)
+    monkeypatch.setattr(application, "_CHOICES", choice.Choices())
+
+
+@pytest.mark.parametrize("takes_block", [True, False])
+def test_where_faster_runs_what_was_measured_to_be(base, weights, monkeypatch, caplog, takes_block):
+    choose_by(monkeypatch, takes_block)
+    patched, report = apply(base, weights, when="where faster")
+    assert "the log says what was chosen" in report
+    with caplog.at_level(logging.INFO):
+        got = sample(patched)
+        sample(patched)
+    assert torch.equal(got, sample(apply(base, weights)[0] if takes_block else base))
+    said = [r.getMessage() for r in caplog.records if "attention stays where" in r.getMessage()]
+    assert len(said) == 1
+    assert f"blocks run in {10 if takes_block else 0} of 10 layers" in said[0]
+
+
+def test_where_faster_reports_at_once_for_a_latent(base, weights, monkeypatch):
+    choose_by(monkeypatch, False)
+    latent = {"samples": torch.zeros(1, 3, 24, 16)}
+    _, report = apply(base, weights, when="where faster", latent=latent)
+    assert "blocks run in 0 of 10 layers and shapes at batch 2" in report
+    assert "middle_block.1.transformer_blocks.0.attn1 at 6 × 4 (10 ms against 20 ms)" in report
+
+
+def test_where_faster_on_pixart(pixart, pixart_weights, monkeypatch):
+    choose_by(monkeypatch, False)
+    latent = {"samples": torch.zeros(1, 4, 36, 48)}
+    patched, report = apply(pixart, pixart_weights, when="where faster", latent=latent)
+    assert "blocks run in 0 of 3 layers" in report
+    assert torch.equal(sample_pixart(patched), sample_pixart(pixart))
+
+
 @pytest.fixture
 def pixart(comfy):
     """A small real PixArt with random weights."""
