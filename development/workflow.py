@@ -99,6 +99,8 @@ class _Graph:
 
     def source(self, link: int) -> list | None:
         """[node id, output index] that a link brings; None if it ends at a muted node."""
+        _, _, _, target, slot, *_ = self.links[link]
+        wanted = self.nodes[target]["inputs"][slot]["type"]
         while link in self.links:
             _, origin, output, *_ = self.links[link]
             node = self.nodes[origin]
@@ -106,19 +108,9 @@ class _Graph:
                 return None
             if node["type"] != "Reroute" and node.get("mode", 0) != BYPASSED:
                 return [str(origin), output]
-            link = self._passed_through(node, output)
-        return None
-
-    def _passed_through(self, node: Json, output: int) -> int | None:
-        """The link into a reroute or bypassed node that stands for its output."""
-        slots = node.get("inputs", [])
-        if node["type"] == "Reroute":
-            return slots[0].get("link")
-        kind = node["outputs"][output]["type"]
-        # As on the page: the input at the same place first, then the first of the same type.
-        for slot in [*slots[output : output + 1], *slots]:
-            if slot["type"] == kind and slot.get("link") is not None:
-                return slot["link"]
+            slots = node.get("inputs", [])
+            through = 0 if node["type"] == "Reroute" else _stand_in(node, output, wanted)
+            link = slots[through].get("link") if through is not None else None
         return None
 
     def _specs(self, kind: str) -> Iterator[tuple[str, list]]:
@@ -133,3 +125,24 @@ def _is_widget(kind: Any, options: Json) -> bool:
     if options.get("forceInput"):
         return False
     return isinstance(kind, list) or kind in WIDGET_TYPES
+
+
+def _stand_in(node: Json, output: int, wanted: str) -> int | None:
+    """Index of the input that a bypassed node passes on in place of an output, as the page picks.
+
+    `wanted` is the type of the input that asks; linked or not plays no part.
+    """
+    types = [slot["type"] for slot in node.get("inputs", [])]
+    if wanted in ("*", ""):
+        return output if output < len(types) else 0 if types else None
+    own = node["outputs"][output]["type"]
+    fitting = [i for i, kind in enumerate(types) if _fit(kind, own) and _fit(kind, wanted)]
+    if output in fitting:
+        return output
+    exact = [i for i, kind in enumerate(types) if kind == wanted]
+    return next(iter(exact + fitting), None)
+
+
+def _fit(one: str, other: str) -> bool:
+    """Whether the page lets these slot types be connected; "A,B" is either of two."""
+    return "*" in (one, other) or not set(one.split(",")).isdisjoint(other.split(","))
