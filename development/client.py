@@ -103,14 +103,18 @@ class Client:
         """
         with self.events(timeout) as events:
             prompt_id = self.submit(prompt)
+            failure = None
             for event, detail in events:
                 if detail.get("prompt_id") != prompt_id:
                     continue
                 on_event(event, detail)
                 if event in ("execution_error", "execution_interrupted"):
-                    raise PromptFailed(event, detail)
-                if event == "execution_success":
+                    failure = PromptFailed(event, detail)
+                # Success is announced earlier, but only now is the history written.
+                if event == "executing" and detail["node"] is None:
                     break
+        if failure:
+            raise failure
         return self.history(prompt_id)
 
     def history(self, prompt_id: str) -> Json:

@@ -5,8 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from comfyui_deltaconv.development import ROOT, host
+from comfyui_deltaconv.development import ROOT, host, unwind_when_terminated
+from comfyui_deltaconv.development.browser import chromium, missing_programs
 from comfyui_deltaconv.development.comfyui import chosen_tree
+from comfyui_deltaconv.development.server import running
+
+# A gate that is stopped leaves no server behind.
+unwind_when_terminated()
 
 # `python -m pytest` puts the current folder first, where our nodes/ would shadow ComfyUI's nodes.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -39,3 +44,21 @@ def comfy(comfyui_tree, tmp_path_factory):
     import comfy
 
     return comfy
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_tree):
+    """A real ComfyUI server with the pack loaded, on the CPU."""
+    with running(comfyui_tree) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium; without one, tests skip on a person's machine and fail in CI."""
+    missing = missing_programs()
+    if missing and not os.environ.get("CI"):
+        pytest.skip(f"no {' and no '.join(missing)} on the path for the page tests")
+    assert not missing, f"CI needs {missing} for the page tests"
+    with chromium() as driver:
+        yield driver

@@ -1,0 +1,224 @@
+"""`python dev.py demo`: the demo workflow in a real ComfyUI server, with and without ΔConv.
+
+Draws each prompt with the teacher and with the student from the same noise, one picture at a time,
+times both samplers, and writes a labelled sheet of the pictures.
+"""
+
+import argparse
+import copy
+import io
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from . import ROOT, DevelopmentError
+from .client import Client, Json
+from .comfyui import chosen_tree, version_of
+from .server import Server, has_accelerator, running
+from .workflow import links, to_prompt, without_others
+
+WORKFLOW = ROOT / "workflows" / "deltaconv_demo.json"
+PROMPTS = ("red apple", "sun with face", "tiger face", "octopus")
+# On a CPU ComfyUI does not choose the fastest attention it has; this shows the fairer figure.
+FAIRER = "--use-pytorch-cross-attention"
+FAIRER_PICTURES = 2
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The demo workflow as a prompt, and the ids in it that this script works with."""
+
+    prompt: Json
+    text: str
+    samplers: dict[str, str]
+    previews: dict[str, str]
+
+    @classmethod
+    def read(cls, object_info: Json) -> "Graph":
+        workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+        prompt = to_prompt(workflow, object_info)
+        samplers, previews, text = {}, {}, ""
+        for node in prompt:
+            if prompt[node]["class_type"] == "KSampler":
+                sources = links(prompt[node])
+                patched = prompt[sources["model"][0]]["class_type"] == "DeltaConvApply"
+                samplers["student" if patched else "teacher"] = node
+                text = sources["positive"][0]
+        for node in prompt:
+            if prompt[node]["class_type"] == "PreviewImage":
+                (role,) = (r for r in samplers if samplers[r] in without_others(prompt, node))
+                previews[role] = node
+        return cls(prompt, text, samplers, previews)
+
+    def with_inputs(self, text: str, **sampler_inputs: object) -> Json:
+        """A copy of the prompt that draws `text`."""
+        prompt = copy.deepcopy(self.prompt)
+        prompt[self.text]["inputs"]["text"] = text
+        for node in self.samplers.values():
+            prompt[node]["inputs"] |= sampler_inputs
+        return prompt
+
+
+@dataclass
+class Watch:
+    """Seconds that each node took, from the server's own messages; moves a progress bar."""
+
+    bar: object = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _node: str | None = None
+    _since: float = 0.0
+    _steps: int = 0
+
+    def __call__(self, event: str, detail: Json) -> None:
+        now = time.perf_counter()
+        if event == "executing":
+            if self._node:
+                self.seconds[self._node] = now - self._since
+            self._node, self._since, self._steps = detail["node"], now, 0
+        elif event == "progress" and self.bar is not None:
+            self.bar.update(detail["value"] - self._steps)
+            self._steps = detail["value"]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="words of emoji names")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "output" / "demo", help="folder for the pictures"
+    )
+    options = parser.parse_args(argv)
+    if options.steps < 1:
+        raise DevelopmentError(f"Expected --steps of 1 or more, got {options.steps}.")
+    _make_folder(options.output)
+    _name_unknown_words(options.prompts)
+    tree, cpu = chosen_tree(), not has_accelerator()
+
+    print(f"Starting ComfyUI {version_of(tree)} on {'the CPU' if cpu else 'the GPU'} …", flush=True)
+    with running(tree, cpu=cpu) as server:
+        pictures, seconds = _draw(server, options.prompts, options.steps, ("teacher", "student"))
+        attention = attention_of(server)
+    print(f"Starting it again with {FAIRER} …", flush=True)
+    with running(tree, cpu=cpu, arguments=[FAIRER]) as server:
+        fewer = options.prompts[:FAIRER_PICTURES]
+        _, fairer = _draw(server, fewer, options.steps, ("teacher",))
+    seconds["fairer"] = fairer["teacher"]
+
+    path = options.output / "teacher_and_student.png"
+    psnr = _save_grid(path, options.prompts, pictures, seconds, options.steps)
+    for line in report(seconds, attention, dict(zip(options.prompts, psnr, strict=True))):
+        print(line)
+    print(f"\nPicture: {path.resolve()}")
+    return 0
+
+
+def attention_of(server: Server) -> str:
+    """How ComfyUI names the attention it chose, from its log."""
+    found = re.search(r"Using (\S.*?)(?: optimization for)? attention", server.said())
+    return found[1] if found else "unknown"
+
+
+def report(seconds: dict[str, list[float]], attention: str, psnr: dict[str, float]) -> list[str]:
+    """The figures as lines of text; `seconds` holds one value per picture and way of drawing."""
+    student = mean(seconds["student"])
+    rows = [
+        (f"self-attention as ComfyUI chose it ({attention})", seconds["teacher"]),
+        (f"self-attention with {FAIRER}", seconds["fairer"]),
+        ("ΔConv", seconds["student"]),
+    ]
+    lines = ["", "Seconds per picture (mean of the sampler node's time, after a warm-up):"]
+    for name, values in rows:
+        spread = f"{min(values):.1f} to {max(values):.1f}, {len(values)} pictures"
+        against = "" if name == "ΔConv" else f"   ΔConv is {mean(values) / student:.1f}× faster"
+        lines.append(f"  {name:<62}{mean(values):6.2f}  ({spread}){against}")
+    lines += ["", "PSNR of the student's picture against the teacher's, dB:"]
+    lines += [f"  {prompt:<62}{value:6.1f}" for prompt, value in psnr.items()]
+    return [*lines, f"  {'mean':<62}{mean(psnr.values()):6.1f}"]
+
+
+def _draw(server: Server, prompts: Sequence[str], steps: int, roles: Sequence[str]):
+    """Per role the pictures and the seconds of each, one picture at a time."""
+    from tqdm import tqdm
+
+    graph = Graph.read(server.object_info())
+    wanted = [graph.previews[role] for role in roles]
+
+    def prompt_for(text: str, steps: int, **inputs: object) -> Json:
+        return without_others(graph.with_inputs(text, steps=steps, **inputs), *wanted)
+
+    # Loads the model and lets torch choose its algorithms; another seed, so nothing is reused.
+    server.queue(prompt_for("rocket", WARM_UP_STEPS, seed=0))
+    pictures, seconds = {role: [] for role in roles}, {role: [] for role in roles}
+    total = len(prompts) * len(roles) * steps
+    # In a file or a build log, a line now and then is enough.
+    interval = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(total=total, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
+        for text in prompts:
+            bar.set_description(text)
+            watch = Watch(bar)
+            history = server.queue(prompt_for(text, steps), on_event=watch)
+            for role in roles:
+                seconds[role].append(watch.seconds[graph.samplers[role]])
+                pictures[role].append(_picture(server, history, graph.previews[role]))
+    return pictures, seconds
+
+
+def _picture(client: Client, history: Json, node: str):
+    from PIL import Image
+
+    (image,) = history["outputs"][node]["images"]
+    return Image.open(io.BytesIO(client.view(image))).convert("RGB")
+
+
+def _save_grid(path: Path, prompts, pictures, seconds, steps: int) -> list[float]:
+    """Write the labelled sheet → PSNR of every pair in dB."""
+    import numpy as np
+    import torch
+
+    from ..deltaconv.compare import compare
+    from .grid import Pair, draw_grid
+
+    def batch(role: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([np.asarray(image) for image in pictures[role]])) / 255
+
+    psnr = compare(batch("teacher"), batch("student")).psnr
+    pairs = [
+        Pair(prompt, teacher, student, f"PSNR {value:.1f} dB")
+        for prompt, teacher, student, value in zip(
+            prompts, pictures["teacher"], pictures["student"], psnr, strict=True
+        )
+    ]
+    rows = [
+        ("self-attention", f"{mean(seconds['teacher']):.1f} s per picture"),
+        ("ΔConv", f"{mean(seconds['student']):.1f} s per picture"),
+    ]
+    title = "One model, the same noise: all self-attention replaced by ΔConvBlocks"
+    footer = (
+        f"mean PSNR {mean(psnr):.1f} dB · {steps} steps · {platform.machine()}, "
+        f"torch {torch.__version__.partition('+')[0]} · emoji after Noto Color Emoji (SIL OFL 1.1)"
+    )
+    draw_grid(pairs, rows, title, footer).save(path)
+    return psnr
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DevelopmentError(f"Cannot make the folder {folder}: {error}.") from error
+
+
+def _name_unknown_words(prompts: Sequence[str]) -> None:
+    from ..deltaconv import demo
+
+    encoder = demo.text_encoder()
+    for prompt in prompts:
+        if any(word not in encoder.vocabulary for word in prompt.lower().split()):
+            print(f"{prompt!r}: {encoder.report(prompt)}")
