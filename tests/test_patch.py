@@ -396,6 +396,21 @@ def test_the_gate_override_is_used(base, weights):
     )
 
 
+def test_why_the_replaced_layers_keep_their_weights(base):
+    """Taking a layer's weights off the model while a clone runs would cost its siblings LoRAs."""
+    add = lora(base, ".attn1.to_")
+    assert len(add(base).patches) == 40
+    bare = base.clone()
+    for name, _ in base.model.named_modules():
+        if name.endswith(".attn1.to_q"):
+            bare.add_object_patch(name, torch.nn.Identity())
+    bare.patch_model(torch.device("cpu"))
+    # The sibling reads the model as it stands now, and loses these patches without a word.
+    assert len(add(base).patches) == 30
+    bare.unpatch_model(torch.device("cpu"))
+    assert len(add(base).patches) == 40
+
+
 def choose_by(monkeypatch, takes_block):
     """Times that come out as told, so that both ways are tested on any machine."""
     from comfyui_deltaconv.deltaconv import choice
