@@ -151,3 +151,9 @@ def test_unknown_node_is_named(server, workflow):
     workflow = {"nodes": [{"id": 1, "type": "NoSuchNode"}], "links": []}
     with pytest.raises(DevelopmentError, match="got 'NoSuchNode'"):
         to_prompt(workflow, server.object_info())
+
+
+def test_template_browser_offers_it(server):
+    assert server.get("/api/workflow_templates")["deltaconv"] == [WORKFLOW.stem]
+    thumbnail = server.fetch(f"/api/workflow_templates/deltaconv/{WORKFLOW.stem}.jpg")
+    assert thumbnail == WORKFLOW.with_suffix(".jpg").read_bytes()
