@@ -1,4 +1,4 @@
-"""A headless Chromium on ComfyUI's page, for the page tests and the workflow's thumbnail."""
+"""A headless Chromium on ComfyUI's page, for the page tests."""
 
 import contextlib
 import shutil
@@ -21,7 +21,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PAGE_SECONDS = 60
+PAGE_SECONDS = 100
 
 
 def missing_programs() -> list[str]:

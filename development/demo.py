@@ -24,7 +24,7 @@ from .server import Server, has_accelerator, running
 from .workflow import links, to_prompt, without_others
 
 WORKFLOW = ROOT / "workflows" / "deltaconv_demo.json"
-PROMPTS = ("red apple", "sun with face", "tiger face", "octopus")
+PROMPTS = ("red apple", "sun with face", "cat face", "octopus")
 # On a CPU ComfyUI does not choose the fastest attention it has; this shows the fairer figure.
 FAIRER = "--use-pytorch-cross-attention"
 FAIRER_PICTURES = 2
@@ -133,14 +133,15 @@ def report(seconds: dict[str, list[float]], attention: str, psnr: dict[str, floa
         (f"self-attention with {FAIRER}", seconds["fairer"]),
         ("ΔConv", seconds["student"]),
     ]
-    lines = ["", "Seconds per picture (mean of the sampler node's time, after a warm-up):"]
+    width = 2 + max(len(text) for text in (*psnr, *(name for name, _ in rows)))
+    lines = ["", "Seconds per picture: the sampler node, mean after a warm-up (range, pictures)"]
     for name, values in rows:
-        spread = f"{min(values):.1f} to {max(values):.1f}, {len(values)} pictures"
-        against = "" if name == "ΔConv" else f"   ΔConv is {mean(values) / student:.1f}× faster"
-        lines.append(f"  {name:<62}{mean(values):6.2f}  ({spread}){against}")
-    lines += ["", "PSNR of the student's picture against the teacher's, dB:"]
-    lines += [f"  {prompt:<62}{value:6.1f}" for prompt, value in psnr.items()]
-    return [*lines, f"  {'mean':<62}{mean(psnr.values()):6.1f}"]
+        spread = f"({min(values):.1f}–{max(values):.1f}, {len(values)})"
+        faster = f"   ΔConv is {mean(values) / student:.1f}× faster" if name != "ΔConv" else ""
+        lines.append(f"  {name:<{width}}{mean(values):6.2f}  {spread:<16}{faster}".rstrip())
+    lines += ["", "PSNR of the student's picture against the teacher's, in dB"]
+    lines += [f"  {prompt:<{width}}{value:6.1f}" for prompt, value in psnr.items()]
+    return [*lines, f"  {'mean':<{width}}{mean(psnr.values()):6.1f}"]
 
 
 def _draw(server: Server, prompts: Sequence[str], steps: int, roles: Sequence[str]):

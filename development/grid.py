@@ -34,12 +34,12 @@ def draw_grid(
     width = GAP + LABELS + min(len(pairs), COLUMNS) * (TILE + GAP)
     # Few prompts still leave room for the title and the footer.
     width = max(width, GAP * 2 + int(max(_font(26).getlength(title), _font(18).getlength(footer))))
-    height = GAP + 2 * LINE + len(bands) * band_height + LINE + GAP // 2
+    height = GAP + LINE + len(bands) * band_height + LINE + GAP // 2
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP), title, INK, _font(26))
     for index, band in enumerate(bands):
-        _draw_band(sheet, draw, band, rows, GAP + 2 * LINE + index * band_height)
+        _draw_band(sheet, draw, band, rows, GAP + LINE + index * band_height)
     draw.text((GAP, height - LINE - GAP // 2), footer, FAINT, _font(18))
     return sheet
 
