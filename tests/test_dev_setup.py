@@ -31,7 +31,7 @@ def test_comfyui_modules_are_not_shadowed(comfyui_tree):
     code = f"""
 import sys
 sys.path.insert(0, {str(comfyui_tree)!r})
-import comfyui_deltaconv.nodes
+import comfyui_deltaconv
 from importlib.util import find_spec
 print(find_spec("nodes").origin)
 """
