@@ -7,6 +7,10 @@ import torch
 
 # Below this share of mass above the constant part there is no field to speak of.
 LEAST_LOCAL = 0.02
+# Narrowest and widest radius √c (where the weight has halved) of the local part: a tenth of a cell, and a quarter of
+# the map's longer side. What has not halved by then is not local.
+_NARROWEST = 0.1
+_WIDEST = 0.25
 
 
 @dataclass(frozen=True)
@@ -30,50 +34,50 @@ class Decomposition:
 
 
 def decompose(
-    mass: torch.Tensor, pairs: torch.Tensor, distances: torch.Tensor, tokens: int
+    mass: torch.Tensor, pairs: torch.Tensor, distances: torch.Tensor, height: int, width: int
 ) -> Decomposition:
     """Mass per ring [R], uniform's [R], distance of each ring [R] → least-squares fit, a, b ≥ 0.
 
-    Least squares over all query–key pairs, so a ring counts by its pairs; scipy does the fitting.
+    Least squares over all query–key pairs, so a ring counts by its pairs. For a given c the best a
+    and b are two linear equations; scipy searches c, started from the best of a coarse grid.
     """
     import numpy
-    from scipy.optimize import curve_fit
+    from scipy.optimize import minimize_scalar
 
+    tokens = height * width
     seen = pairs > 0
     mass, pairs, distances = (t[seen].double().numpy() for t in (mass, pairs, distances))
     # In multiples of uniform attention, which keeps all numbers near 1.
-    relative = mass / pairs
-    squared = distances**2
-    mean = float((pairs * relative).sum() / pairs.sum())
-    spread = float((pairs * (relative - mean) ** 2).sum())
-    if spread < 1e-12:
+    relative, weight, squared = mass / pairs, pairs / pairs.sum(), distances**2
+    mean = float(weight @ relative)
+    variance = float(weight @ (relative - mean) ** 2)
+    if variance < 1e-12 or len(relative) < 3:
         return Decomposition(0.0, mean / tokens, 1.0, 0.0, mean, 1.0)
 
-    def curve(squared, log_peak, log_c, b):
-        c = numpy.exp(log_c)
-        return numpy.exp(log_peak) * c / (squared + c) + b
+    def solve(log_c):
+        """log c [n] → a, b, mean squared error [n], with a and b held at 0 or above."""
+        shape = 1 / (squared + numpy.exp(numpy.atleast_1d(log_c))[:, None])
+        level = shape @ weight
+        spread = (shape - level[:, None]) ** 2 @ weight
+        a = (shape - level[:, None]) @ (weight * relative) / numpy.maximum(spread, 1e-300)
+        a = numpy.maximum(a, 0)
+        b = mean - a * level
+        below = b < 0
+        through = (shape @ (weight * relative)) / (shape**2 @ weight)
+        a, b = numpy.where(below, through, a), numpy.where(below, 0.0, b)
+        error = (relative - a[:, None] * shape - b[:, None]) ** 2 @ weight
+        return a, b, error
 
-    peak = max(float(relative[0]) - mean, 1e-3)
-    bounds = ([-20.0, -7.0, 0.0], [20.0, 14.0, max(2.0, 2 * float(relative.max()))])
-    best, error = None, float("inf")
-    # The width of the local part is what a fit can get stuck on: start from three.
-    for width in (0.5, 3.0, 12.0):
-        start = (numpy.log(peak), 2 * numpy.log(width), min(max(mean / 2, 0.1), 1.9))
-        try:
-            found, _ = curve_fit(
-                curve, squared, relative, start, sigma=pairs**-0.5, bounds=bounds, maxfev=400
-            )
-        except RuntimeError:
-            continue
-        residual = float((pairs * (relative - curve(squared, *found)) ** 2).sum())
-        if residual < error:
-            best, error = found, residual
-    if best is None:
-        return Decomposition(0.0, mean / tokens, 1.0, 0.0, mean, 0.0)
-    c, b = float(numpy.exp(best[1])), float(best[2])
-    a = float(numpy.exp(best[0])) * c
-    local = float((pairs * a / (squared + c)).sum())
-    return Decomposition(a / tokens, b / tokens, c, local, b, 1 - error / spread)
+    low = 2 * numpy.log(_NARROWEST)
+    high = 2 * numpy.log(max(_WIDEST * max(height, width), 2 * _NARROWEST))
+    grid = numpy.linspace(low, high, 25)
+    best = int(solve(grid)[2].argmin())
+    bounds = (grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)])
+    log_c = minimize_scalar(lambda x: float(solve(x)[2][0]), bounds=bounds, method="bounded").x
+    a, b, error = (float(value[0]) for value in solve(log_c))
+    c = float(numpy.exp(log_c))
+    local = float(pairs @ (a / (squared + c)))
+    return Decomposition(a / tokens, b / tokens, c, local, b, 1 - error / variance)
 
 
 def receptive_field(
