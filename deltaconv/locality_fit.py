@@ -7,8 +7,10 @@ import torch
 
 # Below this share of mass above the constant part there is no field to speak of.
 LEAST_LOCAL = 0.02
-# Narrowest and widest radius √c (where the weight has halved) of the local part: a tenth of a cell, and a quarter of
-# the map's longer side. What has not halved by then is not local.
+# A field read off a curve that explains less of the profile than this would mean nothing.
+LEAST_R2 = 0.25
+# Narrowest and widest radius √c, where the local part has halved, in cells and in sides of the
+# map: what has not halved within a quarter of the map is not local.
 _NARROWEST = 0.1
 _WIDEST = 0.25
 

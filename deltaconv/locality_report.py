@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from .locality import AttentionStatistics, uniform_offsets
-from .locality_fit import Decomposition, decompose, receptive_field
+from .locality_fit import LEAST_R2, Decomposition, decompose, receptive_field
 from .locality_profile import (
     content,
     mean_distance,
@@ -124,7 +124,9 @@ class SiteLocality:
         return decompose(mass, pairs, torch.tensor(distances), self.height, self.width)
 
     def field(self, share: float) -> int | None:
-        """Effective receptive field in cells; None for a layer that is a constant."""
+        """Effective receptive field in cells; None for a constant, or where no curve fits."""
+        if self.mean_fit("r2") < LEAST_R2:
+            return None
         constant = self.mean_fit("constant_share")
         return receptive_field(self.mass, self.uniform_mass, constant, share)
 

@@ -93,12 +93,12 @@ def measured_recipe(report: LocalityReport) -> Recipe:
         steps[path] = Step(True, kernel)
         if site.kind != "content":
             field = site.field(report.share)
-            notes[path] = "a constant" if field is None else f"field {field}×{field}"
+            notes[path] = "no field: a constant" if field is None else f"field {field}×{field}"
         elif error is None:
             steps[path] = Step(False)
             notes[path] = "looks by picture, and its sensitivity was not measured"
         else:
-            steps[path] = Step(error <= TOLERATED_ERROR, kernel)
+            steps[path] = Step(True, kernel) if error <= TOLERATED_ERROR else Step(False)
             limit = "at most" if error <= TOLERATED_ERROR else "above"
             notes[path] = (
                 f"looks by picture; alone it costs {100 * error:.2g}%, {limit} "
@@ -165,7 +165,7 @@ def budget_recipe(report: LocalityReport, computation: float) -> Recipe:
             f"every layer replaced it is {least:.3g} of stock's. Ask for {least:.3g} or more."
         )
     steps = {
-        path: Step(path in reached.replaced, site.kernel(report.share))
+        path: Step(True, site.kernel(report.share)) if path in reached.replaced else Step(False)
         for path, site in report.sites.items()
     }
     notes = {
