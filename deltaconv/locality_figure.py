@@ -1,6 +1,11 @@
 """Figures of matplotlib, an optional extra of the pack, as pictures ComfyUI can show."""
 
+import textwrap
+from collections.abc import Callable
+
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
@@ -31,3 +36,23 @@ def to_image(figure) -> torch.Tensor:
     pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
     width, height = figure.canvas.get_width_height()
     return pixels.view(1, height, width, 4)[..., :3].float() / 255
+
+
+def picture(draw: Callable[[], object], *excused: type[Exception]) -> torch.Tensor:
+    """The figure that `draw` returns as a picture [1, H, W, 3]; or the reason why there is none.
+
+    Reasons are a missing matplotlib and errors of the `excused` types.
+    """
+    try:
+        return to_image(draw())
+    except (PlotsUnavailable, *excused) as error:
+        return _sentence(str(error))
+
+
+def _sentence(text: str) -> torch.Tensor:
+    """Text on white as a picture [1, H, W, 3], without matplotlib."""
+    lines = textwrap.wrap(text, 70)
+    image = Image.new("RGB", (760, 40 + 26 * len(lines)), "white")
+    font = ImageFont.load_default(18)
+    ImageDraw.Draw(image).multiline_text((20, 20), "\n".join(lines), "black", font, spacing=8)
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255)[None]

@@ -11,7 +11,7 @@ LEAST_LOCAL = 0.02
 LEAST_R2 = 0.25
 # Narrowest and widest radius √c, where the local part has halved, in cells and in sides of the
 # map: what has not halved within a quarter of the map is not local.
-_NARROWEST = 0.1
+_NARROWEST = 0.03
 _WIDEST = 0.25
 
 

@@ -7,7 +7,7 @@ import torch
 
 from .families import family_title
 from .locality import uniform_offsets
-from .locality_figure import BLUE, GREEN, GREY, ORANGE, new_figure
+from .locality_figure import BLUE, GREEN, GREY, ORANGE, new_figure, picture
 from .locality_fit import decompose
 from .locality_profile import ring_distances, ring_mass
 from .locality_report import LocalityReport, SiteLocality, site_label
@@ -108,16 +108,16 @@ def plot_points(report: LocalityReport, index: int):
     for maps in report.maps.values():
         by_size.setdefault(tuple(maps.shape[-2:]), []).append(maps[index].float().mean(dim=1))
     sizes = sorted(by_size, reverse=True)
-    picture = report.pictures[index] if index < len(report.pictures) else torch.ones(8, 8, 3)
+    seen = report.pictures[index] if index < len(report.pictures) else torch.ones(8, 8, 3)
     rows, columns = len(report.points), 1 + len(sizes)
     figure = new_figure(3.0 * columns + 0.9, 2.95 * rows + 0.9)
     axes = figure.subplots(rows, columns, squeeze=False)
-    aspect = picture.shape[0] / picture.shape[1]
+    aspect = seen.shape[0] / seen.shape[1]
     extent = (0, 1, aspect, 0)
-    grey = picture.mean(dim=-1).clamp(0, 1)
+    grey = seen.mean(dim=-1).clamp(0, 1)
     norm = LogNorm(0.3, 30)
     for row, (x, y) in enumerate(report.points):
-        axes[row, 0].imshow(picture.clamp(0, 1).numpy(), extent=extent, interpolation="nearest")
+        axes[row, 0].imshow(seen.clamp(0, 1).numpy(), extent=extent, interpolation="nearest")
         axes[row, 0].set_ylabel(f"query at ({x:.2f}, {y:.2f})", fontsize=9)
         for column, size in enumerate(sizes, start=1):
             axis = axes[row, column]
@@ -151,6 +151,18 @@ def plot_points(report: LocalityReport, index: int):
         fontsize=11,
     )
     return figure
+
+
+def plot_every_step(report: LocalityReport) -> torch.Tensor:
+    """`plot_points` at every sigma, or one picture that says why not → pictures [S, H, W, 3]."""
+
+    def draw(index: int):
+        if not report.maps:
+            raise ValueError("No query points were given, so there is no attention to draw here.")
+        return plot_points(report, index)
+
+    steps = range(len(report.sigmas) if report.maps else 1)
+    return torch.cat([picture(lambda index=index: draw(index), ValueError) for index in steps])
 
 
 def _scale_bar(axis, size: tuple[int, int], aspect: float, right: bool) -> None:

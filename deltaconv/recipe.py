@@ -84,6 +84,13 @@ def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
     return Recipe(steps, "\n".join(about), notes)
 
 
+def make_recipe(report: LocalityReport, preset: str, computation: float) -> Recipe:
+    """The recipe of one of PRESETS; `computation` is the target of `budget` alone."""
+    if preset == "budget":
+        return budget_recipe(report, computation)
+    return {"measured": measured_recipe, "published": published_recipe}[preset](report)
+
+
 def measured_recipe(report: LocalityReport) -> Recipe:
     """Every site with the kernel its receptive field asks for; by sensitivity where neither local
     nor constant."""

@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import ref
 
 import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..deltaconv import DeltaConvBlock
 from ..deltaconv.locality import (
     AttentionStatistics,
     attention_of,
@@ -18,8 +18,8 @@ from ..deltaconv.locality import (
 )
 from ..deltaconv.locality_plan import LocalityPlan, query_index
 from .application import Application
-from .forward import pixart_forward, unet_forward
-from .patch import detach, load_blocks, original_forward
+from .forward import Block, pixart_forward, unet_forward
+from .patch import compute_dtype, detach, load_blocks, original_forward
 from .sites import ModelSites, Site
 
 KEY = "deltaconv_locality"
@@ -104,13 +104,12 @@ def probed(
     clone = detach(model)
     blocks = None
     if weights is not None:
-        dtype = model.model.get_dtype_inference()
-        patcher = load_blocks(weights, weights.sites, weights.gate, dtype)
+        patcher = load_blocks(weights, weights.sites, weights.gate, compute_dtype(model))
         clone.set_additional_models(KEY, [patcher])
         blocks = patcher.model
     for path, site in model_sites.sites.items():
         original, _ = original_forward(clone, site)
-        block = blocks[path] if blocks is not None and path in weights.sites else None
+        block = ref(blocks[path]) if blocks is not None and path in weights.sites else None
         application = Application(model_sites, (path,))
         if model_sites.patch_size is None:
             forward = _unet_probe(site, original, probe, block, application)
@@ -125,7 +124,7 @@ def _unet_probe(
     site: Site,
     original: Callable,
     probe: Probe,
-    block: DeltaConvBlock | None,
+    block: Block | None,
     application: Application,
 ) -> Callable:
     """Forward of a UNet's attn1 that lets the probe see q and k where attention is computed."""
@@ -168,7 +167,7 @@ def _pixart_probe(
     module: torch.nn.Module,
     original: Callable,
     probe: Probe,
-    block: DeltaConvBlock | None,
+    block: Block | None,
     application: Application,
 ) -> Callable:
     """Forward of PixArt's attn; it gets no transformer_options, so q and k are computed again."""
