@@ -141,7 +141,7 @@ def test_measuring_is_stock_bit_for_bit_and_meets_brute_force(model, golden):
             float(found.entropy.mean()),
         )
         assert got == pytest.approx(expected, abs=1e-4)
-        assert maps[path].float().sum(dim=(-2, -1)) == pytest.approx(torch.ones(1), abs=1e-2)
+        assert maps[path].float().sum(dim=(-2, -1)).sub(1).abs().max() < 1e-2
     assert torch.equal(call(model, golden), stock)
 
 
@@ -170,9 +170,6 @@ def test_tokens_that_are_no_map_are_left_out_with_a_reason(model, golden):
     golden = {name: golden[name][:1] for name in MEASURED}
     golden["x"] = golden["x"][:, :, :16, :16]
 
-    def half(n, context, value, extra):
-        return n[:, ::2], context[:, ::2], value[:, ::2]
-
     clone = model.clone()
     clone.set_model_attn1_patch(lambda n, c, v, e: (n, c[:, ::2], v[:, ::2]))
     probe, patched = watched(clone, points=())
@@ -182,7 +179,7 @@ def test_tokens_that_are_no_map_are_left_out_with_a_reason(model, golden):
     assert "keys of its own" in probe.left_out["middle_block.1.transformer_blocks.0.attn1"]
 
 
-@pytest.mark.parametrize("size", [(24, 16), (18, 22)])
+@pytest.mark.parametrize("size", [(36, 48), (38, 34)])
 def test_pixart_is_measured_without_changing_it(pixart, size):
     from comfyui_deltaconv.deltaconv.locality_profile import window_mass
     from comfyui_deltaconv.nodes.locality_run import measure_locality
@@ -221,8 +218,8 @@ def test_a_window_that_holds_the_map_costs_nothing_and_blocks_cost_what_they_cos
     report, table, *pictures = DeltaConvLocality.execute(
         model,
         positive,
-        small,
-        percents="0.3, 0.7",
+        {"samples": torch.rand(1, 3, 24, 16)},
+        percents="0.5, 0.6",
         points="0.5, 0.5; 0.1, 0.9",
         sensitivity="window and block",
         deltaconv=weights,
