@@ -8,15 +8,10 @@ from .cost import attention_flops
 from .families import family_title
 from .locality_figure import BLUE, GREY, ORANGE, new_figure
 from .locality_report import LocalityReport, SiteLocality, site_label
-from .locality_text import verdict
+from .locality_text import KINDS, verdict
 from .recipe import Recipe, cost_curve, recipe_computation
 
 _KIND_MARKS = {"even": ("o", GREY), "local": ("s", BLUE), "content": ("D", ORANGE)}
-_KIND_NAMES = {
-    "even": "nearly even",
-    "local": "decided by distance",
-    "content": "decided by the picture",
-}
 _WINDOWS = (1, 3, 5, 9, 17, 33)
 
 
@@ -79,7 +74,7 @@ def _entropy_panel(axis, sites: list[SiteLocality]) -> None:
         marker, colour = _KIND_MARKS[site.kind]
         reached = 100 * math.exp(site.mean("entropy")) / site.tokens
         axis.plot([0, reached], [row, row], color=colour, linewidth=1.5)
-        name = None if site.kind in seen else _KIND_NAMES[site.kind]
+        name = None if site.kind in seen else KINDS[site.kind]
         axis.plot(reached, row, marker, color=colour, markersize=7, label=name, linestyle="")
         left = reached > 60
         axis.annotate(
@@ -101,7 +96,7 @@ def _entropy_panel(axis, sites: list[SiteLocality]) -> None:
 
 def _sensitivity_panel(axis, sites: list[SiteLocality]) -> None:
     styles = {
-        "window_error": ("o", BLUE, "attention cut to the window beside"),
+        "window_error": ("o", BLUE, _window_label(sites)),
         "block_error": ("^", ORANGE, "replaced by its ΔConvBlock"),
     }
     for name, (marker, colour, label) in styles.items():
@@ -113,10 +108,18 @@ def _sensitivity_panel(axis, sites: list[SiteLocality]) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=7, label=label)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     axis.grid(axis="x", which="major", linewidth=0.4)
-    axis.set_xlabel("squared error of the predicted noise,\n% of its mean square")
+    axis.set_xlabel("squared error of the predicted noise,\nof its mean square")
     axis.set_title("what changing this layer alone costs", size=10)
     _legend_below(axis)
+
+
+def _window_label(sites: list[SiteLocality]) -> str:
+    """What the attention was cut to, for the legend."""
+    windows = {s.sensitivity.window for s in sites if s.sensitivity.window}
+    which = f"{min(windows)}×{min(windows)}" if len(windows) == 1 else "its kernel's window"
+    return f"attention cut to {which}"
 
 
 def _legend_below(axis) -> None:
@@ -129,7 +132,7 @@ def _kernel_panel(axis, sites: list[SiteLocality], share: float) -> None:
     axis.barh(range(len(sites)), kernels, color=BLUE, height=0.55)
     for row, (site, kernel) in enumerate(zip(sites, kernels, strict=True)):
         field = site.field(share)
-        why = "constant" if field is None else f"field {field}" if field != kernel else ""
+        why = "no field" if field is None else f"field {field}" if field != kernel else ""
         text = f"{kernel}" + (f"  ({why})" if why else "")
         axis.text(kernel + 0.4, row, text, va="center", fontsize=8)
     axis.set_xlim(0, 27)

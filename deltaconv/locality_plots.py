@@ -71,11 +71,13 @@ def plot_profiles(report: LocalityReport):
     axes[0].minorticks_off()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.supxlabel("distance between query and key, in latent cells of that layer", fontsize=10)
-    figure.supylabel("attention on a key, times uniform's (dotted)", fontsize=10)
+    for axis in axes[len(groups) - columns : len(groups)]:
+        axis.set_xlabel("distance, in latent cells")
+        axis.tick_params(labelbottom=True)
+    figure.supylabel("attention on a key at that distance, times uniform's", fontsize=10)
     figure.suptitle(
-        f"How attention falls off with distance: {family_title(report.family)}, mean over queries, "
-        "heads and sigmas",
+        f"How the self-attention of {family_title(report.family)} falls off with distance between "
+        "query and key, mean over queries, heads and sigmas",
         fontsize=11,
     )
     return figure

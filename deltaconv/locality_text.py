@@ -6,7 +6,12 @@ import statistics
 from .families import family_title
 from .locality_report import LocalityReport, SiteLocality, site_label
 
-_KINDS = {"even": "even", "local": "by offset", "content": "by picture"}
+KINDS = {
+    "even": "nearly even",
+    "local": "decided by distance",
+    "content": "decided by the picture",
+}
+_SHORT = {"even": "even", "local": "by distance", "content": "by picture"}
 _EXPLAINED = {
     "even": "spread almost evenly over the whole map: the block's pooled branch covers them",
     "local": "described by the distance between query and key",
@@ -41,13 +46,13 @@ def report_text(report: LocalityReport) -> str:
 
 def verdict(report: LocalityReport) -> str:
     """One sentence: how many layers look where."""
-    counts = {kind: 0 for kind in _KINDS}
+    counts = dict.fromkeys(KINDS, 0)
     for site in report.sites.values():
         counts[site.kind] += 1
     near = sum(s.mean("distance") > 0.95 * s.uniform_distance for s in report.sites.values())
-    said = ", ".join(f"{count} {_KINDS[kind]}" for kind, count in counts.items() if count)
+    said = ", ".join(f"{count} {KINDS[kind]}" for kind, count in counts.items() if count)
     return (
-        f"Of {len(report.sites)} layers, by where they look: {said}. In {near} the mean distance "
+        f"Where its {len(report.sites)} layers look: {said}. In {near} the mean distance "
         "is within 5% of uniform attention's or beyond it."
     )
 
@@ -103,7 +108,7 @@ def _row(site: SiteLocality, share: float) -> tuple[str, ...]:
         f"{100 * site.mean_fit('constant_share'):.0f}%",
         f"{site.mean_fit('r2'):.2f}",
         "none" if field is None else f"{field}×{field}",
-        _KINDS[site.kind],
+        _SHORT[site.kind],
         f"{cut.window}×{cut.window}" if cut.window_error else "",
         _error(cut.window_error),
         _error(cut.block_error),
@@ -122,7 +127,7 @@ def _explanation(report: LocalityReport) -> list[str]:
         "field, held to 3 … 17.",
     ]
     kinds = {site.kind for site in report.sites.values()}
-    lines += [f"looks {_KINDS[kind]}: {_EXPLAINED[kind]}." for kind in _KINDS if kind in kinds]
+    lines += [f"looks {_SHORT[kind]}: {_EXPLAINED[kind]}." for kind in _SHORT if kind in kinds]
     if any(site.sensitivity.error is not None for site in report.sites.values()):
         lines.append(
             "error: squared error of the predicted noise over its mean square, this layer alone "
