@@ -46,18 +46,24 @@ def measure_locality(
     latent = comfy.sample.fix_empty_latent_channels(model, latent)
     percents = _sigmas(model, plan.percents)
     sigmas = list(percents)
-    sites, points = len(model_sites.sites), len(sigmas)
-    changes = wants_window * sites + wants_block * len(weights.sites if wants_block else ())
-    bar = comfy.utils.ProgressBar(points * (sites + changes) + (_STEPS if own else 0))
-    probe = Probe(model_sites, plan, on_site=lambda: bar.update(1))
-    clone = probed(model, model_sites, probe, weights if wants_block else None)
-    noise = comfy.sample.prepare_noise(latent, plan.seed)
     run = LocalityRun(
-        probe, sigmas, own, wants_window, tuple(weights.sites) if wants_block else (), bar
+        Probe(model_sites, plan),
+        sigmas,
+        own,
+        wants_window,
+        tuple(weights.sites) if wants_block else (),
     )
+    schedule = run.schedule(model)
+    calls = len(sigmas) * (wants_window * len(model_sites.sites) + len(run.blocks))
+    measured = len(sigmas) * len(model_sites.sites)
+    run.bar = comfy.utils.ProgressBar(len(schedule) - len(sigmas) + measured + calls)
+    run.probe.on_site = lambda: run.bar.update(1)
+    clone = probed(model, model_sites, run.probe, weights if wants_block else None)
+    noise = comfy.sample.prepare_noise(latent, plan.seed)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
-    guider.sample(noise, latent, run, run.schedule(model), disable_pbar=True, seed=plan.seed)
+    guider.sample(noise, latent, run, schedule, disable_pbar=True, seed=plan.seed)
+    points = len(sigmas)
     return LocalityReport(
         model_sites.family,
         tuple(latent.shape[-2:]),
@@ -69,7 +75,7 @@ def measure_locality(
         list(plan.points),
         {path: torch.stack(maps) for path, maps in run.maps.items() if len(maps) == points},
         [_picture(x0, format_) for x0 in run.denoised],
-        probe.left_out,
+        run.probe.left_out,
         "the model's own samples" if own else "the given latents with noise",
     )
 
@@ -83,7 +89,7 @@ class LocalityRun(comfy.samplers.Sampler):
     own: bool
     windows: bool
     blocks: tuple[str, ...]
-    bar: comfy.utils.ProgressBar
+    bar: comfy.utils.ProgressBar | None = None
     sites: dict[str, SiteLocality] = field(default_factory=dict)
     maps: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     denoised: list[torch.Tensor] = field(default_factory=list)
