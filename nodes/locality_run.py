@@ -62,7 +62,12 @@ def measure_locality(
     noise = comfy.sample.prepare_noise(latent, plan.seed)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
-    guider.sample(noise, latent, run, schedule, disable_pbar=True, seed=plan.seed)
+    try:
+        guider.sample(noise, latent, run, schedule, disable_pbar=True, seed=plan.seed)
+    finally:
+        # The forwards stay on the model object until the next clone is loaded; let go of the rest.
+        run.probe.on_site = lambda: None
+        run.probe.take()
     points = len(sigmas)
     return LocalityReport(
         model_sites.family,
