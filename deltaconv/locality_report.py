@@ -12,6 +12,7 @@ import torch
 
 from .locality import AttentionStatistics, uniform_offsets
 from .locality_fit import LEAST_R2, Decomposition, decompose, receptive_field
+from .locality_grid import GridMaps
 from .locality_profile import (
     content,
     mean_distance,
@@ -154,7 +155,8 @@ class LocalityReport:
 
     `points` are query points as fractions (x, y) of the picture. `maps` holds, per site, their
     attention [sigmas, points, heads, H, W] in float16, and `pictures` what the model saw at each
-    sigma, [H, W, 3] in 0…1. `left_out` says per site why it was not measured.
+    sigma, [H, W, 3] in 0…1. `left_out` says per site why it was not measured. `grid` is what the
+    interactive view shows, at the middle one of the sigmas; files leave it out.
     """
 
     family: str
@@ -169,6 +171,7 @@ class LocalityReport:
     pictures: list[torch.Tensor] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     source: str = ""
+    grid: GridMaps = field(default_factory=GridMaps)
 
     def to_json(self) -> str:
         """The report as JSON; maps as base64 of little-endian float16, pictures are left out."""

@@ -13,7 +13,7 @@ from ..deltaconv.locality_plan import SENSITIVITIES, LocalityPlan, parse_percent
 from ..deltaconv.locality_plots import plot_every_step, plot_profiles
 from ..deltaconv.locality_text import report_text
 from .folders import output_folder
-from .locality_run import measure_locality
+from .locality_view import view_message
 from .types import CATEGORY, DeltaConv, Locality
 
 
@@ -130,14 +130,19 @@ class DeltaConvLocality(io.ComfyNode):
             window or None,
             seed,
         )
+        # Here, because it brings ComfyUI's samplers and scipy with them.
+        from .locality_run import measure_locality
+
         samples = None if latent is None else latent["samples"]
         report = measure_locality(model, positive, samples, plan, deltaconv)
+        middle = len(report.percents) // 2
         return io.NodeOutput(
             report,
             report_text(report),
             picture(lambda: plot_model(report)),
             picture(lambda: plot_profiles(report)),
             plot_every_step(report),
+            ui=view_message(report.pictures[middle], report.grid, report.percents[middle]),
         )
 
 

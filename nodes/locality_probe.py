@@ -16,6 +16,7 @@ from ..deltaconv.locality import (
     measure_attention,
     windowed_attention,
 )
+from ..deltaconv.locality_grid import GridMaps, grid_queries
 from ..deltaconv.locality_plan import LocalityPlan, query_index
 from .application import Application
 from .forward import Block, pixart_forward, unet_forward
@@ -45,6 +46,8 @@ class Probe:
     statistics: dict[str, list[AttentionStatistics]] = field(default_factory=dict)
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    # Where the attention of the interactive view's query points goes; None: not wanted.
+    grid: GridMaps | None = None
 
     def changes(self, site: Site) -> bool:
         return self.changed == site.path
@@ -79,6 +82,9 @@ class Probe:
             indices = [query_index(point, height, width) for point in self.plan.points]
             maps = attention_of(q[:1], k[:1], indices, scale=scale)[0]
             self.maps[site.path] = maps.transpose(0, 1).unflatten(-1, (height, width)).half().cpu()
+        if self.grid is not None:
+            queries = grid_queries(height, width)
+            self.grid.add(attention_of(q[:1], k[:1], queries, scale=scale)[0], height, width)
         self.on_site()
 
     def leave_out(self, site: Site, why: str) -> None:

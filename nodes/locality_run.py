@@ -11,6 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..deltaconv.fit import check_fit
+from ..deltaconv.locality_grid import GridMaps
 from ..deltaconv.locality_plan import LocalityPlan
 from ..deltaconv.locality_report import LocalityReport, Sensitivity, SiteLocality, measure_site
 from ..deltaconv.report import native_latent
@@ -82,6 +83,7 @@ def measure_locality(
         [_picture(x0, format_) for x0 in run.denoised],
         run.probe.left_out,
         "the model's own samples" if own else "the given latents with noise",
+        run.grid,
     )
 
 
@@ -95,6 +97,8 @@ class LocalityRun(comfy.samplers.Sampler):
     windows: bool
     blocks: tuple[str, ...]
     bar: comfy.utils.ProgressBar | None = None
+    # For the interactive view: attention at the middle one of the sigmas.
+    grid: GridMaps = field(default_factory=GridMaps)
     sites: dict[str, SiteLocality] = field(default_factory=dict)
     maps: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     denoised: list[torch.Tensor] = field(default_factory=list)
@@ -152,10 +156,12 @@ class LocalityRun(comfy.samplers.Sampler):
     def _watch(self, predict: Callable, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """One stock call of the model that is measured at every site."""
         self.probe.watching = True
+        if float(sigma) == self.sigmas[len(self.sigmas) // 2]:
+            self.probe.grid = self.grid
         try:
             denoised = predict(x, sigma)
         finally:
-            self.probe.watching = False
+            self.probe.watching, self.probe.grid = False, None
         self.denoised.append(denoised[:1].float().cpu())
         statistics, maps = self.probe.take()
         for path, site in self.probe.model_sites.sites.items():

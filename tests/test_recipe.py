@@ -11,6 +11,7 @@ from comfyui_deltaconv.deltaconv.locality_report import (
     measure_site,
 )
 from comfyui_deltaconv.deltaconv.recipe import (
+    Recipe,
     RecipeError,
     Step,
     budget_recipe,
@@ -20,7 +21,7 @@ from comfyui_deltaconv.deltaconv.recipe import (
     published_recipe,
     recipe_computation,
 )
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 DOWN = "input_blocks.1.1.transformer_blocks.0.attn1"
@@ -106,10 +107,9 @@ steps = st.builds(
 ) | st.just(Step(False))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(steps, min_size=3, max_size=3))
 def test_text_is_read_back(chosen):
-    from comfyui_deltaconv.deltaconv.recipe import Recipe
-
     recipe = Recipe(dict(zip((DOWN, MIDDLE, UP), chosen, strict=True)), "about", {UP: "why"})
     again = parse_recipe(recipe.to_text(), (DOWN, MIDDLE, UP))
     assert again.to_text() == recipe.to_text()
@@ -152,6 +152,7 @@ def test_refuses_with_line_and_reason(text, line, reason):
     assert str(refused.value).startswith(f"Line {line}: ") and reason in str(refused.value)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text())
 def test_any_text_is_read_or_refused(text):
     try:
