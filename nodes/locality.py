@@ -66,7 +66,7 @@ class DeltaConvLocality(io.ComfyNode):
                     tooltip="The ΔConv weights whose cost is measured, layer by layer.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True
                 ),
                 io.Float.Input(
                     "field_share",

@@ -93,21 +93,21 @@ def test_clicking_a_point_shows_its_attention_in_every_map(page, short):
         page,
         """const node = app.graph.nodes.find(node => node.type === arguments[0]);
         app.canvas.ds.scale = 1;
-        app.canvas.ds.offset = [40 - node.pos[0], 60 - node.pos[1]];
+        app.canvas.ds.offset = [120 - node.pos[0], 60 - node.pos[1]];
         app.canvas.setDirty(true, true);
         await app.queuePrompt(0);""",
         MEASURED,
     )
-    WebDriverWait(page, 120).until(lambda _: len(pixels(page)) == 4)
-    click(page, 0.25, 0.25)
+    WebDriverWait(page, 300).until(lambda _: len(pixels(page)) == 4)
+    click(page, 0.28, 0.28)
     label = "return document.querySelector('.deltaconv-view').innerText"
     assert "Query at (0.28, 0.28)" in in_page(page, label)
     first = pixels(page)
-    click(page, 0.75, 0.6)
+    click(page, 0.78, 0.6)
     assert "Query at (0.78, 0.59)" in in_page(page, label)
     second = pixels(page)
     assert all(one != other for one, other in zip(first, second, strict=True))
-    click(page, 0.25, 0.25)
+    click(page, 0.28, 0.28)
     assert pixels(page) == first
     assert "32×32, 3 layers" in in_page(page, label)
     page.find_element("css selector", ".deltaconv-view button").click()
