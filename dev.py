@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
     "lint": "check style and formatting",
+    "locality": "measure where the demo teacher's attention looks, on tensors from a file",
     "release": "say what still keeps this version from being published",
     "serve": "start ComfyUI with the pack loaded, for your browser",
     "test": "run the tests; --all adds the long tier, the rest goes to pytest",

@@ -113,7 +113,7 @@ def _parameters(facts: ApplicationFacts) -> str:
 
 
 def _computation(facts: ApplicationFacts) -> str:
-    height, width = facts.latent_size or (_native(facts.family),) * 2
+    height, width = facts.latent_size or (native_latent(facts.family),) * 2
     before = after = 0
     for site in facts.replaced:
         rows, columns = facts.map_size(site, height, width)
@@ -142,7 +142,7 @@ def _origin(facts: ApplicationFacts) -> str:
     return f"weights made for {base} ({families}){source}"
 
 
-def _native(family: str) -> int:
+def native_latent(family: str) -> int:
     if family == demo.FAMILY:
         return demo.NATIVE_SIZE
     return FAMILIES[family].native_latent if family in FAMILIES else _DEFAULT_LATENT

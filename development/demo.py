@@ -20,6 +20,7 @@ from statistics import mean
 from . import ROOT, DevelopmentError
 from .client import Client, Json
 from .comfyui import chosen_tree, version_of
+from .demo_locality import draw_locality
 from .server import Server, has_accelerator, running
 from .workflow import links, to_prompt, without_others
 
@@ -94,11 +95,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "output" / "demo", help="folder for the pictures"
     )
+    parser.add_argument(
+        "--locality", action="store_true", help="show where the first prompt's attention looks"
+    )
     options = parser.parse_args(argv)
     if options.steps < 1:
         raise DevelopmentError(f"Expected --steps of 1 or more, got {options.steps}.")
     _make_folder(options.output)
     _name_unknown_words(options.prompts)
+    if options.locality:
+        draw_locality(options.prompts[0], options.output)
+        return 0
     tree, cpu = chosen_tree(), not has_accelerator()
 
     print(f"Starting ComfyUI {version_of(tree)} on {'the CPU' if cpu else 'the GPU'} …", flush=True)

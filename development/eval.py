@@ -86,7 +86,6 @@ def predict_noise(tensors: Mapping, weights: str | None):
     ComfyUI must be on the path (`host.enter`). Raises DevelopmentError for weights that do not fit.
     """
     import torch
-    from comfy.model_management import load_models_gpu
 
     from ..deltaconv import read_weights
     from ..nodes.apply import DeltaConvApply
@@ -100,17 +99,23 @@ def predict_noise(tensors: Mapping, weights: str | None):
                 model = DeltaConvApply.execute(model, read_weights(weights)).result[0]
             except (OSError, ValueError) as error:
                 raise DevelopmentError(str(error)) from error
-        load_models_gpu([model, *model.get_nested_additional_models()])
-        model.pre_run()
-        try:
-            device = model.load_device
-            inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
-            unet = model.model.diffusion_model
-            options = model.model_options["transformer_options"].copy()
-            x, timesteps, context = (inputs[name] for name in INPUTS)
-            return unet(x, timesteps, context=context, transformer_options=options).float().cpu()
-        finally:
-            model.cleanup()
+        return call_unet(model, tensors)
+
+
+def call_unet(model, tensors: Mapping):
+    """One call of a MODEL's UNet on `INPUTS` through its patcher → eps [B, 3, H, W] in float32."""
+    from comfy.model_management import load_models_gpu
+
+    load_models_gpu([model, *model.get_nested_additional_models()])
+    model.pre_run()
+    try:
+        inputs = {name: tensor.to(model.load_device) for name, tensor in tensors.items()}
+        unet = model.model.diffusion_model
+        options = model.model_options["transformer_options"].copy()
+        x, timesteps, context = (inputs[name] for name in INPUTS)
+        return unet(x, timesteps, context=context, transformer_options=options).float().cpu()
+    finally:
+        model.cleanup()
 
 
 def write_output(path: Path, tensors: Mapping) -> None:

@@ -7,6 +7,8 @@ from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
 from .folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
+from .locality import DeltaConvLocality, DeltaConvSaveLocality
+from .recipe import DeltaConvRecipe
 
 
 class DeltaConvExtension(ComfyExtension):
@@ -23,4 +25,7 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvCompare,
             DeltaConvDemoModel,
             DeltaConvDemoPrompt,
+            DeltaConvLocality,
+            DeltaConvSaveLocality,
+            DeltaConvRecipe,
         ]

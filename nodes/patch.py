@@ -160,7 +160,7 @@ def _bind(
     patch_size = application.model_sites.patch_size
     for path in sites:
         site = application.model_sites.sites[path]
-        original, chained = _original_forward(patcher, site)
+        original, chained = original_forward(patcher, site)
         forward = (
             unet_forward(site, ref(blocks[path]), original, application)
             if patch_size is None
@@ -183,7 +183,7 @@ def _rebind(application: Application, _, clone: comfy.model_patcher.ModelPatcher
     _bind(clone, application, stale)
 
 
-def _original_forward(patcher: comfy.model_patcher.ModelPatcher, site: Site):
+def original_forward(patcher: comfy.model_patcher.ModelPatcher, site: Site):
     """The forward under ours, and whether another node's object patch put it there."""
     key = site.forward_key
     forward = patcher.object_patches.get(key)

@@ -4,5 +4,9 @@ from comfy_api.latest import io
 
 # Carries a `deltaconv.DeltaConvWeights`.
 DeltaConv = io.Custom("DELTACONV")
+# Carries a `deltaconv.locality_report.LocalityReport`.
+Locality = io.Custom("DELTACONV_LOCALITY")
+# Carries a `deltaconv.recipe.Recipe`.
+Recipe = io.Custom("DELTACONV_RECIPE")
 
 CATEGORY = "model/patch/deltaconv"

@@ -1,0 +1,58 @@
+"""Figures of matplotlib, an optional extra of the pack, as pictures ComfyUI can show."""
+
+import textwrap
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's colours, told apart under every common colour blindness.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
+
+
+class PlotsUnavailable(RuntimeError):
+    """matplotlib is not installed; the message says how to get it."""
+
+
+def new_figure(width: float, height: float):
+    """A matplotlib Figure of that size in inches, without touching pyplot's global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotsUnavailable(
+            "Pictures need matplotlib, which is not installed here: run `python -m pip install "
+            "matplotlib` with ComfyUI's Python and restart. Tables and files work without it."
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_image(figure) -> torch.Tensor:
+    """A figure → picture [1, H, W, 3] in 0…1."""
+    figure.canvas.draw()
+    pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
+    width, height = figure.canvas.get_width_height()
+    return pixels.view(1, height, width, 4)[..., :3].float() / 255
+
+
+def picture(draw: Callable[[], object], *excused: type[Exception]) -> torch.Tensor:
+    """The figure that `draw` returns as a picture [1, H, W, 3]; or the reason why there is none.
+
+    Reasons are a missing matplotlib and errors of the `excused` types.
+    """
+    try:
+        return to_image(draw())
+    except (PlotsUnavailable, *excused) as error:
+        return _sentence(str(error))
+
+
+def _sentence(text: str) -> torch.Tensor:
+    """Text on white as a picture [1, H, W, 3], without matplotlib."""
+    lines = textwrap.wrap(text, 70)
+    image = Image.new("RGB", (760, 40 + 26 * len(lines)), "white")
+    font = ImageFont.load_default(18)
+    ImageDraw.Draw(image).multiline_text((20, 20), "\n".join(lines), "black", font, spacing=8)
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255)[None]
