@@ -163,7 +163,9 @@ def _set_channels(
     dim, half, size = block.dim, block.dim // 4, block.kernel_size
     pointwise = Sums(sums.features[:dim, :dim], sums.cross[:dim], sums.power, sums.count)
     directions, energies = leading_directions(pointwise, half)
-    candidates = [(energy, row, None) for energy, row in zip(energies.tolist(), directions)]
+    candidates = [
+        (energy, row, None) for energy, row in zip(energies.tolist(), directions, strict=True)
+    ]
     if heads:
         candidates += _head_candidates(sums, dim, heads, half)
     chosen = sorted(candidates, key=lambda candidate: -candidate[0])[:half]
@@ -202,7 +204,7 @@ def _head_candidates(sums: Sums, dim: int, heads: Projections, rank: int) -> lis
         part = Sums(rest.features[rows, rows], rest.cross[rows], rest.power, rest.count)
         directions, energies = leading_directions(part, min(rank, size))
         value = heads.value[rows].double().cpu()
-        for energy, row in zip(energies.tolist(), directions):
+        for energy, row in zip(energies.tolist(), directions, strict=True):
             direction = row @ value
             # Unit power of the input, as for the pointwise channels.
             power = direction @ sums.features[:dim, :dim] @ direction / max(sums.count, 1)

@@ -21,7 +21,7 @@ class DistilError(ValueError):
 
 @dataclass(frozen=True)
 class StageSettings:
-    """One training stage; `steps` 0 leaves it out. `batch` images per step in `accumulate` parts."""
+    """One training stage; 0 `steps` leave it out. A `batch` is computed in `accumulate` parts."""
 
     steps: int = 0
     lr: float = 3e-3
@@ -127,9 +127,7 @@ class SitePlan:
     scales: tuple[float, ...] = (1.0, 0.5)
 
 
-def read_plan(
-    recipe: Mapping[str, object], dims: Mapping[str, int]
-) -> dict[str, SitePlan]:
+def read_plan(recipe: Mapping[str, object], dims: Mapping[str, int]) -> dict[str, SitePlan]:
     """Site → (kernel, scales), a SitePlan, or a kernel alone → plans, in the model's site order.
 
     `dims` maps the model's sites to channels. Raises DistilError that lists what cannot be.
@@ -208,7 +206,9 @@ def _between(name: str, value: float, low: float, high: float, *, open_end: bool
 
 def _read(cls: type, mapping: object, prefix: str):
     if not isinstance(mapping, Mapping):
-        raise DistilError(f"Expected {prefix or 'settings'} as entries by name, got {mapping!r:.60}.")
+        raise DistilError(
+            f"Expected {prefix or 'settings'} as entries by name, got {mapping!r:.60}."
+        )
     hints = get_type_hints(cls)
     known = {entry.name for entry in fields(cls)}
     problems = [f"unknown: {prefix}{name!s:.40}" for name in mapping if name not in known]
@@ -223,7 +223,9 @@ def _read(cls: type, mapping: object, prefix: str):
             kind = "numbers" if get_origin(hint) else hint.__name__
             problems.append(f"{prefix}{name}: expected {kind}, got {value!r:.40}")
     if problems:
-        raise DistilError("These distillation settings cannot be read: " + "; ".join(problems) + ".")
+        raise DistilError(
+            "These distillation settings cannot be read: " + "; ".join(problems) + "."
+        )
     return cls(**values)
 
 

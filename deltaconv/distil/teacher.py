@@ -1,6 +1,7 @@
 """What distillation needs of its host: a diffusion model whose attention can be looked into."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -75,7 +76,7 @@ def sample(
     x = noise.to(teacher.device)
     batch = len(x)
     x = teacher.noised(torch.zeros_like(x), x, torch.full((batch,), levels[0], device=x.device))
-    for level, following in zip(levels, levels[1:], strict=False):
+    for level, following in pairwise(levels):
         sigma = torch.full((batch,), level, device=x.device)
         if points is not None:
             points.append((x, sigma))
