@@ -118,6 +118,8 @@ def draw(
     sigma = teacher.sigmas(steps).float().to(device)
     latents, noise = latents.to(device), noise.to(device)
     x = teacher.noised(latents, noise, sigma)
+    # What ε̂ = (x − x̂₀) / sigma should be, for a flow model as for an ε-model.
+    noise = (x - latents) / sigma[:, None, None, None]
     if dataset.trajectories is not None and on_path.any():
         x, sigma, noise = x.clone(), sigma.clone(), noise.clone()
         for row in on_path.nonzero().flatten().tolist():

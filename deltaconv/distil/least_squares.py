@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 # Ridge strengths tried, relative to each feature's own power.
-_STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+_STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
 
 
 @dataclass

@@ -141,7 +141,7 @@ class _Run:
             trajectory_share=self.settings.trajectory_share if self.dataset.trajectories else 0.0,
         )
 
-    def _losses_withinmemory_in_use(self, stage, batch, joint) -> dict[str, float]:
+    def _losses_within_memory(self, stage, batch, joint) -> dict[str, float]:
         try:
             return self._losses(stage, batch, joint)
         except RuntimeError as error:
