@@ -5,6 +5,8 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import DeltaConvApply
 from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
+from .distil import DeltaConvDistill
+from .evaluate import DeltaConvEvaluate
 from .folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
 
@@ -23,4 +25,6 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvCompare,
             DeltaConvDemoModel,
             DeltaConvDemoPrompt,
+            DeltaConvDistill,
+            DeltaConvEvaluate,
         ]

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import logging
 import math
 from collections.abc import Sequence
 
@@ -14,9 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..deltaconv.distil.offsets import Projections
 from .patch import detach, original_forward
-from .sites import ModelSites, Site, find_sites
-
-log = logging.getLogger(__name__)
+from .sites import (
+    ModelSites,
+    Site,
+    differentiable_attention,
+    find_sites,
+    recomputable_modules,
+)
 
 
 class ComfyTeacher:
@@ -47,7 +50,7 @@ class ComfyTeacher:
         for site in self.model_sites.sites.values():
             self._open(site)
         if differentiable and not self.why_not_differentiable:
-            for path in _recomputable(clone.model.diffusion_model):
+            for path in recomputable_modules(clone):
                 self._patch(f"diffusion_model.{path}.forward", self._recomputing)
 
     def __enter__(self) -> "ComfyTeacher":
@@ -101,12 +104,13 @@ class ComfyTeacher:
 
     def predict(self, x, sigma, conditions, visit=None, features=None):
         """x [B, C, H, W], sigma [B], one CONDITIONING entry per image → ε̂ in float32."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
         options = self.patcher.model_options.get("transformer_options", {}).copy()
         options["sigmas"], options["cond_or_uncond"] = sigma, [0]
         if torch.is_grad_enabled() or self.device.type == "cpu":
             # Fast attentions such as Sage have no backward, and ComfyUI's default on a CPU saves
             # memory at twice the time or more. Another node's choice is left alone.
-            options.setdefault("optimized_attention_override", _differentiable_attention)
+            options.setdefault("optimized_attention_override", differentiable_attention)
         self._visit, self._features = visit, features
         try:
             denoised = self.patcher.model.apply_model(
@@ -174,7 +178,7 @@ class ComfyTeacher:
             self._patch(site.forward_key, lambda original: self._pixart_site(site, original))
             after = site.path.removesuffix("attn") + "cross_attn"
         # The first module to read the state after the residual add.
-        if _has(self.patcher.model, f"diffusion_model.{after}"):
+        if any(name == after for name, _ in self.patcher.model.diffusion_model.named_modules()):
             key = f"diffusion_model.{after}.forward"
             self._patch(key, lambda original: self._feature(site, original))
 
@@ -289,25 +293,3 @@ def fingerprint(model: ModelPatcher) -> str:
     for key in sorted(model.patches):
         count_in(key, model.patches[key])
     return digest.hexdigest()[:16]
-
-
-def _differentiable_attention(func, *args, **kwargs):
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    return attention_pytorch(*args, **kwargs)
-
-
-def _recomputable(diffusion_model: torch.nn.Module) -> list[str]:
-    """Modules whose inputs are small beside what they keep for a backward pass."""
-    names = ("ResBlock", "SpatialTransformer", "PixArtMSBlock", "PixArtBlock")
-    return [
-        path for path, module in diffusion_model.named_modules() if type(module).__name__ in names
-    ]
-
-
-def _has(model: torch.nn.Module, path: str) -> bool:
-    try:
-        comfy.utils.get_attr(model, path)
-    except AttributeError:
-        return False
-    return True

@@ -4,5 +4,9 @@ from comfy_api.latest import io
 
 # Carries a `deltaconv.DeltaConvWeights`.
 DeltaConv = io.Custom("DELTACONV")
+# Carries an object whose `replaced` maps site path → kernel and scales.
+Recipe = io.Custom("DELTACONV_RECIPE")
+# Core's: {"loss": [one per step]}.
+LossMap = io.Custom("LOSS_MAP")
 
 CATEGORY = "model/patch/deltaconv"

@@ -7,6 +7,7 @@ from .settings import (
     DistilError,
     DistilSettings,
     StageSettings,
+    default_kernels,
     default_settings,
     published_settings,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "StageSettings",
     "Teacher",
     "Trajectory",
+    "default_kernels",
     "default_settings",
     "distil",
     "published_settings",

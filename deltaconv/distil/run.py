@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..block import DeltaConvBlock
 from .data import Batch, Dataset, draw
 from .informed import Replay, initialise, refit
 from .record import Record, is_out_of_memory, memory_in_use
@@ -24,21 +25,23 @@ def distil(
     settings: DistilSettings,
     *,
     gate: str = "scaled",
+    start: Mapping[str, DeltaConvBlock] | None = None,
     folder: str | os.PathLike | None = None,
     resume: bool = True,
 ) -> Iterator[Record]:
     """Distil `teacher` into ΔConvBlocks, yielding a record per step.
 
-    `recipe` maps site → (kernel, scales), or a kernel alone. `folder` takes the states; one that
+    `recipe` maps site → (kernel, scales), or a kernel alone. `start`, where given, holds blocks to
+    go on from in place of an initialisation. `folder` takes the states; one that
     holds some is gone on with, or refused where `resume` is False. Closing the generator, as an
     interrupt does, saves first. Raises DistilError before anything is changed where the settings,
     the recipe or the folder's state do not fit.
     """
-    return _Run(teacher, recipe, dataset, settings, gate, folder, resume).records()
+    return _Run(teacher, recipe, dataset, settings, gate, start, folder, resume).records()
 
 
 class _Run:
-    def __init__(self, teacher, recipe, dataset, settings, gate, folder, resume):
+    def __init__(self, teacher, recipe, dataset, settings, gate, start, folder, resume):
         self.teacher, self.dataset, self.settings = teacher, dataset, settings
         self.plans = read_plan(recipe, teacher.dims)
         if settings.joint.steps and teacher.why_not_differentiable:
@@ -59,6 +62,10 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             blocks = new_blocks(self.plans, teacher.dims, gate)
+        self.started_from = start is not None
+        for site, block in (start or {}).items():
+            if site in blocks:
+                blocks[site].load_state_dict(block.state_dict())
         self.student = Student(blocks, settings, teacher.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.stage, self.step, self.position, self.number = "layers", 0, 0, 0
@@ -67,7 +74,7 @@ class _Run:
         self.rng = self.generator.get_state()
         self.optimiser = self._new_optimiser()
         self.saved_number: int | None = None
-        self.initialised = False
+        self.initialised = self.yielded = False
         self.notes: list[str] = []
         if self.folder and (state := load_state(self.folder, self.identity, self._shapes())):
             self._take_up(state)
@@ -79,6 +86,11 @@ class _Run:
             for name in ("layers", "joint"):
                 if self.stage == name:
                     yield from self._train(getattr(self.settings, name))
+            if not self.yielded:
+                # Resumed at its end: there is still a student to hand over.
+                self.notes.append("complete already")
+                now = time.monotonic()
+                yield self._record(self.stage, self.step, self.step, {}, 0.0, now, 0)
         finally:
             # Reached by an error, an interrupt and a closed generator alike.
             self.teacher.checkpointing(False)
@@ -87,7 +99,7 @@ class _Run:
     def _init(self) -> Iterator[Record]:
         started = time.monotonic()
         errors: Mapping[str, float] = {}
-        if self.settings.init == "informed":
+        if self.settings.init == "informed" and not self.started_from:
             generator = torch.Generator().manual_seed(self.settings.seed)
             errors = self._on_cpu(
                 lambda blocks: initialise(
@@ -217,6 +229,7 @@ class _Run:
         if total is None:
             total = sum(losses.values()) / max(len(losses), 1)
         notes, self.notes = "; ".join(self.notes), []
+        self.yielded = True
         return Record(
             stage=stage,
             step=step,

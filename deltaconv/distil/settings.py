@@ -103,16 +103,16 @@ class DistilSettings:
         return plain
 
 
-def default_settings(layers: int = 300, joint: int = 300, **changes: object) -> DistilSettings:
+def default_settings(**changes: object) -> DistilSettings:
     """Our recipe: informed initialisation, then layer by layer, then the student's own path."""
-    settings = DistilSettings(layers=StageSettings(layers), joint=StageSettings(joint, lr=1e-3))
+    settings = DistilSettings(layers=StageSettings(300), joint=StageSettings(300, lr=1e-3))
     return replace(settings, **changes)
 
 
-def published_settings(joint: int, **changes: object) -> DistilSettings:
-    """The authors' recipe: random blocks, three losses at once, a constant rate."""
+def published_settings(**changes: object) -> DistilSettings:
+    """The authors' recipe: random blocks, no layer by layer, three losses at a constant rate."""
     stage = StageSettings(
-        joint, lr=3e-4, schedule="constant", warmup=500, weight_decay=0.03, batch=16
+        60_000, lr=3e-4, schedule="constant", warmup=500, weight_decay=0.03, batch=16
     )
     losses = {"noise": 1.0, "teacher": 1.0, "features": 0.001}
     settings = DistilSettings(init="random", joint=stage, losses=losses, unconditional=0.15)
@@ -149,6 +149,11 @@ def read_plan(recipe: Mapping[str, object], dims: Mapping[str, int]) -> dict[str
     if problems:
         raise DistilError("This recipe does not fit the model: " + "; ".join(problems[:8]) + ".")
     return {site: plans[site] for site in dims if site in plans}
+
+
+def default_kernels(levels: Mapping[str, int]) -> dict[str, int]:
+    """Site → resolution level to site → kernel: 11 at the highest resolution, then 9, then 7."""
+    return {site: max(7, 11 - 2 * level) for site, level in levels.items()}
 
 
 def new_blocks(
