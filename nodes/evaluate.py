@@ -7,12 +7,8 @@ import torch
 from comfy_api.latest import io
 
 from ..deltaconv.compare import compare, side_by_side
-from ..deltaconv.distil.evaluate import evaluate
-from ..deltaconv.distil.plots import level_plot
 from ..deltaconv.families import FAMILIES
 from ..deltaconv.fit import check_fit
-from .conditioning import conditions_of
-from .teacher import ComfyTeacher
 from .types import CATEGORY, DeltaConv
 
 
@@ -73,6 +69,12 @@ class DeltaConvEvaluate(io.ComfyNode):
         cfg: float = 4.0,
         levels: int = 8,
     ) -> io.NodeOutput:
+        # Imported here: distillation is large, and importing the pack stays quick.
+        from ..deltaconv.distil.evaluate import evaluate
+        from ..deltaconv.distil.plots import level_plot
+        from .conditioning import conditions_of
+        from .teacher import ComfyTeacher
+
         numbers = [int(word) for word in re.findall(r"\d+", seeds)]
         if not numbers:
             raise ValueError(f"Expected seeds such as 1, 2, 3, got {seeds!r}.")
@@ -112,7 +114,7 @@ class DeltaConvEvaluate(io.ComfyNode):
         return io.NodeOutput(table, plot, grid, result.mse, psnr)
 
 
-def _shape(teacher: ComfyTeacher, latent) -> tuple[int, int, int]:
+def _shape(teacher, latent) -> tuple[int, int, int]:
     if latent is not None:
         return tuple(latent["samples"].shape[1:])
     family = FAMILIES.get(teacher.family)

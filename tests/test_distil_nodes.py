@@ -160,7 +160,7 @@ def test_joint_stage_runs_or_is_refused_by_name(model, differentiable):
 
 
 def folder(name):
-    from comfyui_deltaconv.nodes.distil import state_folder
+    from comfyui_deltaconv.nodes.distil_run import state_folder
 
     return state_folder(name)
 

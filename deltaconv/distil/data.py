@@ -82,9 +82,9 @@ class Dataset:
                 by_size[tuple(self.latents[index].shape)].append(index)
             batches = []
             for members in by_size.values():
-                # Small sets repeat within a batch: a batch is always full.
-                while len(members) % batch:
-                    members.append(members[len(members) % max(1, batch)])
+                # The last batch is filled up from the first images: a batch is always full.
+                missing = -len(members) % batch
+                members += (members * (missing // len(members) + 1))[:missing]
                 batches += [members[at : at + batch] for at in range(0, len(members), batch)]
             order = torch.randperm(len(batches), generator=generator).tolist()
             self._orders[key] = [batches[at] for at in order]

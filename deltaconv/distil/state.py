@@ -146,13 +146,22 @@ def _problem(state: State, shapes: Mapping[str, tuple[int, ...]]) -> str:
     rng = state.tensors.get("rng")
     if rng is None or rng.dtype != torch.uint8 or rng.shape != torch.Generator().get_state().shape:
         return "its random state is missing"
-    moments = state.group("optimiser")
+    return _moments_problem(state.group("optimiser"), shapes)
+
+
+def _moments_problem(
+    moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
     for key, tensor in moments.items():
-        name, _, entry = key.rpartition(".")
-        if name not in shapes or tensor.shape not in ((), shapes[name]):
-            # Eight-bit moments come in blocks of their own shapes.
-            if not (name in shapes and entry not in ("exp_avg", "exp_avg_sq", "step")):
-                return f"its optimiser has {key}"
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"its optimiser is not finite in {key}"
-    return ""
+    # Eight-bit moments come in blocks of their own names and shapes.
+    if not moments or any(key.endswith(".state1") for key in moments):
+        return ""
+    expected = {}
+    for name, shape in shapes.items():
+        expected |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
+    found = {key: tuple(t.shape) for key, t in moments.items() if t.dtype == torch.float32}
+    return (
+        "" if found == expected and len(found) == len(moments) else "its optimiser is not AdamW's"
+    )
