@@ -52,6 +52,9 @@ def main(argv: list[str]) -> int:
         metavar="MINUTES",
         help="our recipe against the published losses, each for so long per seed",
     )
+    parser.add_argument(
+        "--demo", action="store_true", help="a few minutes of it on the demo, with a grid"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="for --compare")
     options = parser.parse_args(argv)
     config = read_config(options.config)
@@ -60,6 +63,10 @@ def main(argv: list[str]) -> int:
             from .distil_compare import compare_recipes
 
             compare_recipes(options.compare, options.seeds, ROOT / "output" / "distil-compare.json")
+        elif options.demo:
+            from .distil_demo import distil_demo
+
+            distil_demo(ROOT / "output")
         else:
             run(config)
     return 0

@@ -132,11 +132,14 @@ class _Run:
         self._end_stage(stage)
 
     def _end_stage(self, stage: StageSettings) -> None:
-        if stage.steps and self.stage == "layers":
+        if self.stage != "layers":
+            return
+        if stage.refit and stage.steps:
             self.student.adopt_average()
-            if stage.refit:
-                self._on_cpu(lambda blocks: refit(blocks, self._replay()))
-        if self.stage == "layers":
+            self._on_cpu(lambda blocks: refit(blocks, self._replay()))
+        # With no stage to follow, a resumed run may still be given more steps of this one.
+        if self.settings.joint.steps:
+            self.student.adopt_average()
             self.stage, self.step = "joint", 0
             self.student.restart_average()
             self.optimiser = self._new_optimiser()
