@@ -17,7 +17,7 @@ class DeltaConvDistill(io.ComfyNode):
         return io.Schema(
             node_id="DeltaConvDistill",
             display_name="Distill ΔConv",
-            category=f"{CATEGORY}/training",
+            category=CATEGORY,
             description="Distill the self-attention of a model into ΔConvBlocks: first by least "
             "squares, then layer by layer, then as a whole. Train on latents with conditioning, or "
             "on prompts alone, for which the model's own samples are drawn. It saves as it goes; "

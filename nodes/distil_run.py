@@ -63,7 +63,7 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
         weights = weights_of(
             history[-1].student, teacher, settings, steps=sum(bool(r.losses) for r in history)
         )
-    losses = [r.loss for r in history if r.stage != "init" and r.losses and isfinite(r.loss)]
+    losses = [loss for loss in history[-1].history if isfinite(loss)]
     report = distil_report(history, folder, time.monotonic() - started)
     return weights, {"loss": losses or [history[-1].loss]}, report
 

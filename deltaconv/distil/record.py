@@ -1,6 +1,6 @@
 """What a distillation says of each step, and what it hands over at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,12 +29,18 @@ class Record:
     memory: int | None
     seconds: float
     student: Student = field(repr=False)
+    # Losses of all training steps so far, those before a resume included; it grows as they go on.
+    history: Sequence[float] = field(repr=False)
     message: str = ""
     saved: str = ""
 
     def to_mapping(self) -> dict[str, object]:
         """Plain data, one line of a log."""
-        return {k: v for k, v in vars(self).items() if k != "student" and v not in ("", None)}
+        return {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("student", "history") and v not in ("", None)
+        }
 
 
 def weights_of(

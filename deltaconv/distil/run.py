@@ -76,6 +76,8 @@ class _Run:
         self.saved_number: int | None = None
         self.initialised = self.yielded = False
         self.notes: list[str] = []
+        # The loss of every training step so far, across resumed runs.
+        self.history: list[float] = []
         if self.folder and (state := load_state(self.folder, self.identity, self._shapes())):
             self._take_up(state)
 
@@ -125,6 +127,7 @@ class _Run:
             self.number += 1
             self.position += 1
             self.rng = self.generator.get_state()
+            self.history.append(total)
             saved = self._save() if self.number % self.settings.save_every == 0 else ""
             yield self._record(
                 self.stage, self.step, stage.steps, losses, lr, started, stage.batch, total, saved
@@ -244,6 +247,7 @@ class _Run:
             memory=memory_in_use(self.teacher.device),
             seconds=seconds,
             student=self.student,
+            history=self.history,
             message=notes,
             saved=str(saved),
         )
@@ -255,7 +259,8 @@ class _Run:
         """Save what the last whole step left; nothing where that is saved already."""
         if self.folder is None or not self.initialised or self.saved_number == self.number:
             return ""
-        tensors = {"rng": self.rng}
+        history = torch.tensor(self.history, dtype=torch.float64)
+        tensors = {"rng": self.rng, "history": history}
         groups = (
             ("weights", self.student.parameters),
             ("ema", self.student.ema),
@@ -296,6 +301,7 @@ class _Run:
         if progress["scaler"] and self.optimiser.scaler.is_enabled():
             self.optimiser.scaler.load_state_dict(progress["scaler"])
         self.rng = state.tensors["rng"]
+        self.history = state.tensors["history"].tolist()
         self.generator.set_state(self.rng)
         self.saved_number = self.number
         self.notes.append(f"resumed after {self.number} steps")

@@ -146,6 +146,10 @@ def _problem(state: State, shapes: Mapping[str, tuple[int, ...]]) -> str:
     rng = state.tensors.get("rng")
     if rng is None or rng.dtype != torch.uint8 or rng.shape != torch.Generator().get_state().shape:
         return "its random state is missing"
+    history = state.tensors.get("history")
+    expected = (progress["number"],)
+    if history is None or history.dtype != torch.float64 or tuple(history.shape) != expected:
+        return "its losses are missing"
     return _moments_problem(state.group("optimiser"), shapes)
 
 
