@@ -20,6 +20,7 @@ from development.environment import ensure
 # To add a command: write development/<command>.py with `main(argv: list[str]) -> int`, add a line.
 COMMANDS = {
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
+    "distil": "distil the demo, or any checkpoint, into ΔConv weights",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
     "lint": "check style and formatting",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",

@@ -18,6 +18,8 @@ MAX_WORDS = 12
 _DATA = Path(__file__).parent / "data"
 TEACHER_PATH = _DATA / "emoji_teacher.safetensors"
 DELTACONV_PATH = _DATA / "emoji_deltaconv.safetensors"
+PICTURES_PATH = _DATA / "emoji_64.png"
+CAPTIONS_PATH = _DATA / "emoji_64.txt"
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,15 @@ def text_encoder() -> TextEncoder:
         words = file.get_tensor("cond_stage_model.word_embedding.weight").float()
         positions = file.get_tensor("cond_stage_model.position_embedding.weight").float()
     return TextEncoder({word: row + 1 for row, word in enumerate(vocabulary)}, words, positions)
+
+
+def pictures() -> tuple[torch.Tensor, list[str]]:
+    """The demo's training pictures [512, 3, 64, 64] in −1…1, and their captions."""
+    import numpy as np
+    from PIL import Image
+
+    sheet = np.array(Image.open(PICTURES_PATH).convert("RGB"))
+    rows, columns = (length // NATIVE_SIZE for length in sheet.shape[:2])
+    tiles = torch.from_numpy(sheet).view(rows, NATIVE_SIZE, columns, NATIVE_SIZE, 3)
+    tiles = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).float()
+    return tiles / 127.5 - 1, CAPTIONS_PATH.read_text(encoding="utf-8").splitlines()

@@ -111,7 +111,7 @@ def write_weights(
         "deltaconv.base_model": weights.base_model,
         "deltaconv.training": json.dumps(dict(weights.training)),
     }
-    _write_atomically(tensors, metadata, path, overwrite)
+    write_atomically(tensors, metadata, path, overwrite)
     return path
 
 
@@ -234,7 +234,7 @@ def _example(shapes: Mapping[str, tuple]) -> str:
     return f" (the first is {next(iter(shapes))})" if shapes else ""
 
 
-def _write_atomically(
+def write_atomically(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path, overwrite: bool
 ) -> None:
     """Temporary file in the same folder, fsync, then one rename: a reader sees all or nothing."""

@@ -5,6 +5,8 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import DeltaConvApply
 from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
+from .distil import DeltaConvDistill
+from .evaluate import DeltaConvEvaluate
 from .folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
 from .locality import DeltaConvLocality, DeltaConvSaveLocality
@@ -28,4 +30,6 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvLocality,
             DeltaConvSaveLocality,
             DeltaConvRecipe,
+            DeltaConvDistill,
+            DeltaConvEvaluate,
         ]

@@ -114,7 +114,7 @@ def probed(
         clone.set_additional_models(KEY, [patcher])
         blocks = patcher.model
     for path, site in model_sites.sites.items():
-        original, _ = original_forward(clone, site)
+        original, _ = original_forward(clone, site.forward_key)
         block = ref(blocks[path]) if blocks is not None and path in weights.sites else None
         application = Application(model_sites, (path,))
         if model_sites.patch_size is None:

@@ -21,7 +21,6 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..deltaconv import DeltaConvBlock, DeltaConvWeights
 from .application import Application
 from .forward import pixart_forward, unet_forward
-from .sites import Site
 
 KEY = "deltaconv"
 
@@ -160,7 +159,7 @@ def _bind(
     patch_size = application.model_sites.patch_size
     for path in sites:
         site = application.model_sites.sites[path]
-        original, chained = original_forward(patcher, site)
+        original, chained = original_forward(patcher, site.forward_key)
         forward = (
             unet_forward(site, ref(blocks[path]), original, application)
             if patch_size is None
@@ -183,9 +182,8 @@ def _rebind(application: Application, _, clone: comfy.model_patcher.ModelPatcher
     _bind(clone, application, stale)
 
 
-def original_forward(patcher: comfy.model_patcher.ModelPatcher, site: Site):
-    """The forward under ours, and whether another node's object patch put it there."""
-    key = site.forward_key
+def original_forward(patcher: comfy.model_patcher.ModelPatcher, key: str):
+    """The forward `key` names under ours, and whether another node's object patch put it there."""
     forward = patcher.object_patches.get(key)
     if binding := getattr(forward, "deltaconv", None):
         forward = binding.original if binding.chained else None

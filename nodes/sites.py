@@ -82,6 +82,20 @@ def find_sites(model: ModelPatcher) -> ModelSites:
     raise ValueError(_why_not(type(diffusion_model).__name__))
 
 
+def recomputable_modules(model: ModelPatcher) -> list[str]:
+    """Paths inside the diffusion model that are small to keep, and large to keep all within."""
+    names = {"ResBlock", "SpatialTransformer", "PixArtMSBlock"}
+    modules = model.model.diffusion_model.named_modules()
+    return [path for path, module in modules if type(module).__name__ in names]
+
+
+def differentiable_attention(function, *args, **kwargs):
+    """An `optimized_attention_override` by torch's own attention, which has a backward pass."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    return attention_pytorch(*args, **kwargs)
+
+
 def _unet_sites(model: ModelPatcher, unet) -> ModelSites | None:
     from comfy.ldm.modules.attention import BasicTransformerBlock
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel

@@ -8,5 +8,7 @@ DeltaConv = io.Custom("DELTACONV")
 Locality = io.Custom("DELTACONV_LOCALITY")
 # Carries a `deltaconv.recipe.Recipe`.
 Recipe = io.Custom("DELTACONV_RECIPE")
+# Core's: {"loss": [one per step]}.
+LossMap = io.Custom("LOSS_MAP")
 
 CATEGORY = "model/patch/deltaconv"

@@ -1,0 +1,115 @@
+"""Training data from nothing but prompts: the teacher's own samples, and the path to them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..weight_file import write_atomically
+from .data import Dataset, Trajectory
+from .settings import DistilError
+from .teacher import Condition, Teacher, sample
+
+
+def own_samples(
+    teacher: Teacher,
+    conditions: Sequence[Condition],
+    names: Sequence[str],
+    unconditional: Condition,
+    shape: tuple[int, int, int],
+    *,
+    count: int,
+    steps: int = 20,
+    cfg: float = 4.0,
+    seed: int = 0,
+    batch: int = 4,
+    cache: Path | None = None,
+    max_bytes: int = 2**30,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
+    """`count` samples [C, H, W] of the teacher, cycling through `conditions`, as a data set.
+
+    `names` says what each condition is, for the cache's key. Points of every trajectory are kept in
+    float16, as many as fit `max_bytes` in all; `cache`, where given, keeps them on disk and loses
+    the oldest samples of other settings when it grows beyond that. Raises DistilError where not
+    even the finished samples fit.
+    """
+    if not conditions or len(names) != len(conditions):
+        raise DistilError(f"Expected prompts to draw samples from, got {len(conditions)}.")
+    size = 2 * shape[0] * shape[1] * shape[2]
+    kept = min(steps, max_bytes // max(1, count * size) - 1)
+    if kept < 1:
+        raise DistilError(
+            f"Expected room for {count} samples of {2 * size} bytes each, got a limit of "
+            f"{max_bytes}. Allow more, or draw fewer."
+        )
+    which = [round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)]
+    key = _key(teacher.fingerprint, list(names), shape, count, steps, cfg, seed, kept)
+    latents, paths = [], []
+    for start in range(0, count, batch):
+        rows = range(start, min(start + batch, count))
+        file = cache / f"samples-{key}-{start:06d}.safetensors" if cache else None
+        tensors = _cached(file, len(rows), kept, shape)
+        if tensors is None:
+            tensors = _draw(
+                teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which
+            )
+            if file is not None:
+                cache.mkdir(parents=True, exist_ok=True)
+                write_atomically(tensors, {}, file, overwrite=True)
+                _evict(cache, key, max_bytes)
+        latents += list(tensors["latents"].float())
+        paths += [Trajectory(x, s) for x, s in zip(tensors["x"], tensors["sigma"], strict=True)]
+        progress(rows[-1] + 1, count)
+    chosen = [conditions[index % len(conditions)] for index in range(count)]
+    return Dataset(latents, chosen, unconditional, paths)
+
+
+def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which):
+    # One generator per image: what a sample is does not depend on the batch it was drawn in.
+    noise = torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed((seed + row) % 2**63))
+            for row in rows
+        ]
+    )
+    points: list[tuple[torch.Tensor, torch.Tensor]] = []
+    chosen = [conditions[row % len(conditions)] for row in rows]
+    result = sample(teacher, chosen, unconditional, noise, steps=steps, cfg=cfg, points=points)
+    x = torch.stack([points[at][0] for at in which], dim=1)
+    sigma = torch.stack([points[at][1] for at in which], dim=1)
+    tensors = {"latents": result.half(), "x": x.half(), "sigma": sigma.float()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _cached(file: Path | None, rows: int, kept: int, shape: tuple[int, int, int]):
+    """The file's tensors; None where it is missing, damaged or another's."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError):
+        return None
+    expected = {"latents": (rows, *shape), "x": (rows, kept, *shape), "sigma": (rows, kept)}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        return None
+    return tensors if all(tensor.isfinite().all() for tensor in tensors.values()) else None
+
+
+def _key(*what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def _evict(cache: Path, key: str, max_bytes: int) -> None:
+    files = sorted(cache.glob("samples-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    total = sum(path.stat().st_size for path in files)
+    for path in files:
+        if total <= max_bytes:
+            return
+        if not path.name.startswith(f"samples-{key}-"):
+            total -= path.stat().st_size
+            path.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""Pictures of a distillation: the loss curve (with matplotlib), and teacher beside student."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .evaluate import Evaluation
+
+_TILE = 160
+_MARGIN = 8
+
+
+def progress_picture(
+    losses: Sequence[tuple[str, float]],
+    pairs: Sequence[tuple[Image.Image, Image.Image]],
+    caption: str,
+) -> Image.Image:
+    """Losses (stage, value) by step and pairs (teacher, student) → one picture.
+
+    Without matplotlib the curve is left out.
+    """
+    curve = loss_curve(losses)
+    width = max(len(pairs) * (2 * _TILE + _MARGIN) + _MARGIN, curve.width if curve else 0)
+    top = 24
+    height = top + _TILE + 2 * _MARGIN + (curve.height if curve else 0)
+    sheet = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(sheet).text((_MARGIN, 6), f"{caption}   (teacher | student)", "black")
+    for column, pair in enumerate(pairs):
+        left = _MARGIN + column * (2 * _TILE + _MARGIN)
+        for side, picture in enumerate(pair):
+            tile = picture.resize((_TILE, _TILE), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + side * _TILE, top))
+    if curve:
+        sheet.paste(curve, (0, top + _TILE + _MARGIN))
+    return sheet
+
+
+def loss_curve(losses: Sequence[tuple[str, float]]) -> Image.Image | None:
+    """Losses (stage, value) by step on a log axis, one line per stage; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    finite = [(step, stage, loss) for step, (stage, loss) in enumerate(losses) if 0 < loss < 1e30]
+    if len(finite) < 2:
+        return None
+    figure = Figure(figsize=(6.6, 2.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss")
+    for stage in dict.fromkeys(stage for _, stage, _ in finite):
+        points = [(step, loss) for step, name, loss in finite if name == stage]
+        axes.plot(*zip(*points, strict=True), label=stage, linewidth=1)
+    axes.legend(frameon=False)
+    return _rendered(figure)
+
+
+def level_plot(evaluation: Evaluation) -> torch.Tensor | None:
+    """Evaluation → picture [1, H, W, 3] of its errors by noise level, every site a thin line."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log", yscale="log", xlabel="noise level (sigma)", ylabel="relative error"
+    )
+    sigmas = [level.sigma for level in evaluation.levels]
+    for site in evaluation.levels[0].sites:
+        errors = [level.sites[site] for level in evaluation.levels]
+        axes.plot(sigmas, errors, color="0.7", linewidth=0.8)
+    axes.plot([], [], color="0.7", linewidth=0.8, label="each block alone")
+    relative = [level.relative for level in evaluation.levels]
+    axes.plot(sigmas, relative, color="tab:blue", marker="o", label="predicted noise, all blocks")
+    axes.legend(frameon=False)
+    picture = _rendered(figure)
+    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)[None]
+
+
+def _rendered(figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

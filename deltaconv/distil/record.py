@@ -1,0 +1,72 @@
+"""What a distillation says of each step, and what it hands over at the end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..weights import DeltaConvWeights, weights_of_blocks
+from .settings import DistilSettings
+from .student import Student
+from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step as a host shows it. `losses` are per site in init and layers, by name in joint.
+
+    `memory` is bytes at the peak on the device (of the process on a CPU), None where unknown;
+    `message` is what a guard did or a stage came to, "" most of the time.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    losses: Mapping[str, float]
+    lr: float
+    images_per_second: float
+    memory: int | None
+    seconds: float
+    student: Student = field(repr=False)
+    # Losses of all training steps so far, those before a resume included; it grows as they go on.
+    history: Sequence[float] = field(repr=False)
+    message: str = ""
+    saved: str = ""
+
+    def to_mapping(self) -> dict[str, object]:
+        """Plain data, one line of a log."""
+        return {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("student", "history") and v not in ("", None)
+        }
+
+
+def weights_of(
+    student: Student, teacher: Teacher, settings: DistilSettings, **training: object
+) -> DeltaConvWeights:
+    """The student's averaged weights with the record of how they were made."""
+    return weights_of_blocks(
+        student.averaged_blocks(),
+        family=teacher.family,
+        base_model=teacher.base_model,
+        training={"settings": settings.to_mapping(), **training},
+    )
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes at the peak on the device, of the process now on a CPU; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.Process().memory_info().rss
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, ran out of memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)

@@ -1,0 +1,309 @@
+"""The distillation itself: a generator of records over the stages init, layers and joint."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ..block import DeltaConvBlock
+from .data import Batch, Dataset, draw
+from .informed import Replay, initialise, refit
+from .record import Record, is_out_of_memory, memory_in_use
+from .settings import DistilError, DistilSettings, StageSettings, new_blocks, read_plan
+from .stages import joint_losses, layer_losses
+from .state import State, load_state, save_state, state_files
+from .student import Optimiser, Student
+from .teacher import Teacher
+
+
+def distil(
+    teacher: Teacher,
+    recipe: Mapping[str, object],
+    dataset: Dataset,
+    settings: DistilSettings,
+    *,
+    gate: str = "scaled",
+    start: Mapping[str, DeltaConvBlock] | None = None,
+    folder: str | os.PathLike | None = None,
+    resume: bool = True,
+) -> Iterator[Record]:
+    """Distil `teacher` into ΔConvBlocks, yielding a record per step.
+
+    `recipe` maps site → (kernel, scales), or a kernel alone. `start`, where given, holds blocks to
+    go on from in place of an initialisation. `folder` takes the states; one that
+    holds some is gone on with, or refused where `resume` is False. Closing the generator, as an
+    interrupt does, saves first. Raises DistilError before anything is changed where the settings,
+    the recipe or the folder's state do not fit.
+    """
+    return _Run(teacher, recipe, dataset, settings, gate, start, folder, resume).records()
+
+
+class _Run:
+    def __init__(self, teacher, recipe, dataset, settings, gate, start, folder, resume):
+        self.teacher, self.dataset, self.settings = teacher, dataset, settings
+        self.plans = read_plan(recipe, teacher.dims)
+        if settings.joint.steps and teacher.why_not_differentiable:
+            raise DistilError(f"The joint stage cannot run: {teacher.why_not_differentiable}")
+        self.folder = Path(folder) if folder is not None else None
+        self.identity = {
+            "base": teacher.fingerprint,
+            "recipe": {
+                "gate": gate,
+                **{site: [plan.kernel, list(plan.scales)] for site, plan in self.plans.items()},
+            },
+        }
+        if self.folder and not resume and state_files(self.folder):
+            raise DistilError(
+                f"Expected a folder without states, got {self.folder} with a distillation in it. "
+                "Allow resuming to go on with it, or choose another folder."
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            blocks = new_blocks(self.plans, teacher.dims, gate)
+        self.started_from = start is not None
+        for site, block in (start or {}).items():
+            if site in blocks:
+                blocks[site].load_state_dict(block.state_dict())
+        self.student = Student(blocks, settings, teacher.device)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.stage, self.step, self.position, self.number = "layers", 0, 0, 0
+        # Parts of a batch; an out-of-memory doubles them once.
+        self.more_parts = 1
+        self.rng = self.generator.get_state()
+        self.optimiser = self._new_optimiser()
+        self.saved_number: int | None = None
+        self.initialised = self.yielded = False
+        self.notes: list[str] = []
+        # The loss of every training step so far, across resumed runs.
+        self.history: list[float] = []
+        if self.folder and (state := load_state(self.folder, self.identity, self._shapes())):
+            self._take_up(state)
+
+    def records(self) -> Iterator[Record]:
+        try:
+            if not self.initialised:
+                yield from self._init()
+            for name in ("layers", "joint"):
+                if self.stage == name:
+                    yield from self._train(getattr(self.settings, name))
+            if not self.yielded:
+                # Resumed at its end: there is still a student to hand over.
+                self.notes.append("complete already")
+                now = time.monotonic()
+                yield self._record(self.stage, self.step, self.step, {}, 0.0, now, 0)
+        finally:
+            # Reached by an error, an interrupt and a closed generator alike.
+            self.teacher.checkpointing(False)
+            self._save()
+
+    def _init(self) -> Iterator[Record]:
+        started = time.monotonic()
+        errors: Mapping[str, float] = {}
+        if self.settings.init == "informed" and not self.started_from:
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            errors = self._on_cpu(
+                lambda blocks: initialise(
+                    blocks, self._replay(), self.teacher.projections, generator
+                )
+            )
+        self.initialised = True
+        yield self._record("init", 1, 1, errors, 0.0, started, self.settings.init_images)
+        self._save()
+
+    def _train(self, stage: StageSettings) -> Iterator[Record]:
+        joint = self.stage == "joint"
+        self.teacher.checkpointing(joint and self.settings.checkpointing)
+        while self.step < stage.steps:
+            started = time.monotonic()
+            batch = self._draw(stage, joint)
+            losses = self._losses_within_memory(stage, batch, joint)
+            total = sum(losses.values()) if joint else sum(losses.values()) / len(losses)
+            lr = self.optimiser.lr(self.step)
+            if note := self.optimiser.update(self.step, total):
+                self.notes.append(note)
+            self.step += 1
+            self.number += 1
+            self.position += 1
+            self.rng = self.generator.get_state()
+            self.history.append(total)
+            saved = self._save() if self.number % self.settings.save_every == 0 else ""
+            yield self._record(
+                self.stage, self.step, stage.steps, losses, lr, started, stage.batch, total, saved
+            )
+        self._end_stage(stage)
+
+    def _end_stage(self, stage: StageSettings) -> None:
+        if self.stage != "layers":
+            return
+        if stage.refit and stage.steps:
+            self.student.adopt_average()
+            self._on_cpu(lambda blocks: refit(blocks, self._replay()))
+        # With no stage to follow, a resumed run may still be given more steps of this one.
+        if self.settings.joint.steps:
+            self.student.adopt_average()
+            self.stage, self.step = "joint", 0
+            self.student.restart_average()
+            self.optimiser = self._new_optimiser()
+
+    def _draw(self, stage: StageSettings, joint: bool) -> Batch:
+        return draw(
+            self.dataset,
+            self.teacher,
+            self.generator,
+            seed=self.settings.seed,
+            batch=stage.batch,
+            position=self.position,
+            unconditional=self.settings.unconditional,
+            trajectory_share=self.settings.trajectory_share if self.dataset.trajectories else 0.0,
+        )
+
+    def _losses_within_memory(self, stage, batch, joint) -> dict[str, float]:
+        try:
+            return self._losses(stage, batch, joint)
+        except RuntimeError as error:
+            parts = min(stage.accumulate * self.more_parts, len(batch))
+            if not is_out_of_memory(error) or self.more_parts > 1 or parts >= len(batch):
+                raise
+            self.more_parts = 2
+            self.notes.append(
+                f"out of memory: {-(-len(batch) // min(2 * parts, len(batch)))} images at a time "
+                "from here on"
+            )
+        # Outside the handler, which keeps the failed step's tensors alive.
+        if self.teacher.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._losses(stage, batch, joint)
+
+    def _losses(self, stage: StageSettings, batch: Batch, joint: bool) -> dict[str, float]:
+        """Gradients of the whole batch, part by part; loss by name, mean over its images."""
+        self.optimiser.zero()
+        parts = min(stage.accumulate * self.more_parts, len(batch))
+        size = -(-len(batch) // parts)
+        totals: dict[str, torch.Tensor] = {}
+        for at in range(0, len(batch), size):
+            part = batch.part(slice(at, at + size))
+            share = len(part) / len(batch)
+            arguments = (self.teacher, self.student, part, share, self.optimiser.backward)
+            losses = joint_losses(*arguments, self.settings) if joint else layer_losses(*arguments)
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss.double() * share
+        return {name: float(total) for name, total in totals.items()}
+
+    def _replay(self) -> Replay:
+        """Runs the teacher over the same images every time, apart from the training's own order."""
+        batch = self.settings.layers.batch
+        settings = self.settings
+
+        def replay(visit: Callable, first_batch_only: bool) -> None:
+            generator = torch.Generator().manual_seed(settings.seed ^ 0x5EED)
+            count = 1 if first_batch_only else -(-settings.init_images // batch)
+            for position in range(count):
+                inputs = draw(
+                    self.dataset,
+                    self.teacher,
+                    generator,
+                    seed=settings.seed ^ 0x5EED,
+                    batch=batch,
+                    position=position,
+                    unconditional=settings.unconditional,
+                )
+                with torch.no_grad():
+                    self.teacher.predict(inputs.x, inputs.sigma, inputs.conditions, visit)
+
+        return replay
+
+    def _on_cpu(self, change: Callable) -> dict[str, float]:
+        """Apply `change` to the blocks on the CPU, and begin the average at what it made."""
+        for block in self.student.blocks.values():
+            block.cpu()
+        try:
+            return change(self.student.blocks)
+        finally:
+            for block in self.student.blocks.values():
+                block.to(self.teacher.device)
+            self.student.restart_average()
+            self.optimiser = self._new_optimiser()
+
+    def _new_optimiser(self) -> Optimiser:
+        stage = getattr(self.settings, self.stage)
+        return Optimiser(self.student, stage, self.settings)
+
+    def _record(self, stage, step, steps, losses, lr, started, images, total=None, saved=""):
+        seconds = time.monotonic() - started
+        if total is None:
+            total = sum(losses.values()) / max(len(losses), 1)
+        notes, self.notes = "; ".join(self.notes), []
+        self.yielded = True
+        return Record(
+            stage=stage,
+            step=step,
+            steps=steps,
+            loss=total,
+            losses=dict(losses),
+            lr=lr,
+            images_per_second=images / max(seconds, 1e-9),
+            memory=memory_in_use(self.teacher.device),
+            seconds=seconds,
+            student=self.student,
+            history=self.history,
+            message=notes,
+            saved=str(saved),
+        )
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.student.parameters.items()}
+
+    def _save(self) -> Path | str:
+        """Save what the last whole step left; nothing where that is saved already."""
+        if self.folder is None or not self.initialised or self.saved_number == self.number:
+            return ""
+        history = torch.tensor(self.history, dtype=torch.float64)
+        tensors = {"rng": self.rng, "history": history}
+        groups = (
+            ("weights", self.student.parameters),
+            ("ema", self.student.ema),
+            ("optimiser", self.optimiser.tensors()),
+        )
+        for group, members in groups:
+            tensors |= {f"{group}.{name}": tensor for name, tensor in members.items()}
+        progress = {
+            "stage": self.stage,
+            "step": self.step,
+            "position": self.position,
+            "number": self.number,
+            "averaged": self.student.averaged,
+            "parts": self.more_parts,
+            "bad": self.optimiser.bad,
+            "rate": self.optimiser.rate,
+            "scaler": self.optimiser.scaler.state_dict(),
+            "settings": self.settings.to_mapping(),
+        }
+        path = save_state(self.folder, self.number, State(tensors, progress), self.identity)
+        self.saved_number = self.number
+        return path
+
+    def _take_up(self, state: State) -> None:
+        self.initialised = True
+        progress = state.progress
+        self.stage, self.step = progress["stage"], progress["step"]
+        self.position, self.number = progress["position"], progress["number"]
+        self.more_parts = max(1, progress["parts"])
+        self.student.load(state.group("weights"))
+        self.student.ema = {
+            name: tensor.to(self.teacher.device) for name, tensor in state.group("ema").items()
+        }
+        self.student.averaged = progress["averaged"]
+        self.optimiser = self._new_optimiser()
+        self.optimiser.load(state.group("optimiser"))
+        self.optimiser.bad, self.optimiser.rate = progress["bad"], progress["rate"]
+        if progress["scaler"] and self.optimiser.scaler.is_enabled():
+            self.optimiser.scaler.load_state_dict(progress["scaler"])
+        self.rng = state.tensors["rng"]
+        self.history = state.tensors["history"].tolist()
+        self.generator.set_state(self.rng)
+        self.saved_number = self.number
+        self.notes.append(f"resumed after {self.number} steps")
+        if progress.get("settings") != self.settings.to_mapping():
+            self.notes.append("with other settings than it was begun with")

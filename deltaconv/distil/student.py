@@ -1,0 +1,181 @@
+"""The blocks in training: float32 masters, their moving average, the optimiser and its guards."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..block import DeltaConvBlock
+from .settings import DistilError, DistilSettings, StageSettings
+
+
+class Student:
+    """Blocks by site as float32 masters on `device`, with an exponential moving average."""
+
+    def __init__(
+        self, blocks: Mapping[str, DeltaConvBlock], settings: DistilSettings, device: torch.device
+    ):
+        self.blocks = {site: block.float().to(device).train() for site, block in blocks.items()}
+        self.precision = settings.precision
+        self.device = device
+        self.ema_decay = settings.ema
+        self.averaged = 0
+        self.ema: dict[str, torch.Tensor] = {}
+        self.restart_average()
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """`<site>.<published tensor name>` → master."""
+        return {
+            f"{site}.{name}": parameter
+            for site, block in self.blocks.items()
+            for name, parameter in block.named_parameters()
+        }
+
+    def run(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        """x [B, H, W, C] of any dtype → [B, H, W, C] in the training precision."""
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.blocks[site](x.float())
+
+    def visit(self, site: str, x: torch.Tensor, attend: Callable) -> torch.Tensor:
+        """The site's block in place of its attention; sites without a block attend."""
+        return self.run(site, x).to(x.dtype) if site in self.blocks else attend()
+
+    def average(self) -> None:
+        """Count the current weights into the moving average, faster at its beginning."""
+        self.averaged += 1
+        decay = min(self.ema_decay, (1 + self.averaged) / (10 + self.averaged))
+        for name, parameter in self.parameters.items():
+            self.ema[name].lerp_(parameter.detach(), 1 - decay)
+
+    def restart_average(self) -> None:
+        """Begin the moving average anew at the current weights."""
+        self.averaged = 0
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def adopt_average(self) -> None:
+        """Go on from the moving average, as a stage's result."""
+        self.load(self.ema)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy `tensors`, named as `parameters` are, into the masters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    def averaged_blocks(self) -> dict[str, DeltaConvBlock]:
+        """Site → a new block on the CPU with the averaged weights: what is shown and saved."""
+        blocks = {}
+        for site, block in self.blocks.items():
+            state = {name: self.ema[f"{site}.{name}"].cpu() for name in block.state_dict()}
+            blocks[site] = DeltaConvBlock.from_state(state, gate=block.gate, scales=block.scales)
+        return blocks
+
+
+class Optimiser:
+    """AdamW for one stage, with its schedule, clipping, loss scaling and non-finite guard."""
+
+    def __init__(self, student: Student, stage: StageSettings, settings: DistilSettings):
+        self.student, self.stage, self.settings = student, stage, settings
+        self.adamw = _adamw(settings)(
+            student.parameters.values(),
+            lr=stage.lr,
+            betas=stage.betas,
+            weight_decay=stage.weight_decay,
+        )
+        scaled = settings.precision == "float16"
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=scaled)
+        # Non-finite steps in a row, and what the guard has made of the rate.
+        self.bad, self.rate = 0, 1.0
+
+    def lr(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        stage = self.stage
+        warm = min(1.0, (step + 1) / stage.warmup) if stage.warmup else 1.0
+        if stage.schedule == "cosine":
+            warm *= 0.5 * (1 + math.cos(math.pi * step / max(stage.steps, 1)))
+        return stage.lr * warm * self.rate
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of `loss`, scaled where the precision needs it."""
+        self.scaler.scale(loss).backward()
+
+    def update(self, step: int, loss: float) -> str:
+        """One step with the gradients at hand; returns what the guard did, "" where nothing.
+
+        A non-finite loss or gradient skips the step; `lower_after` of them in a row halve the
+        rate, `stop_after` raise DistilError. Each block is clipped alone, so that one site's
+        outlier does not slow the others.
+        """
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr(step)
+        self.scaler.unscale_(self.adamw)
+        norms = [
+            torch.nn.utils.clip_grad_norm_(block.parameters(), self.stage.clip)
+            for block in self.student.blocks.values()
+        ]
+        finite = all(norm.isfinite() for norm in norms)
+        # With loss scaling, overflowing gradients are how the scale is found: no fault.
+        if not math.isfinite(loss) or not (finite or self.scaler.is_enabled()):
+            self.zero()
+            if self.scaler.is_enabled():
+                self.scaler.update()
+            return self._guard()
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.bad = 0
+        self.student.average()
+        return ""
+
+    def _guard(self) -> str:
+        self.bad += 1
+        if self.bad >= self.settings.stop_after:
+            raise DistilError(
+                f"The loss was not finite in {self.bad} steps in a row, and halving the learning "
+                "rate did not help. Choose a lower one, or train in float32 or bfloat16."
+            )
+        if self.bad % self.settings.lower_after == 0:
+            self.rate /= 2
+            return f"loss not finite {self.bad} times in a row: learning rate halved"
+        return "loss not finite: step skipped"
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything of AdamW that a resumed run needs, by `<parameter>.<entry>`."""
+        names = list(self.student.parameters)
+        return {
+            f"{names[index]}.{entry}": torch.as_tensor(value)
+            for index, values in self.adamw.state_dict()["state"].items()
+            for entry, value in values.items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        state = self.adamw.state_dict()
+        state["state"] = {}
+        for index, name in enumerate(self.student.parameters):
+            entries = {
+                key.removeprefix(f"{name}."): value.clone()
+                for key, value in tensors.items()
+                if key.startswith(f"{name}.")
+            }
+            if entries:
+                state["state"][index] = entries
+        self.adamw.load_state_dict(state)
+
+
+def _adamw(settings: DistilSettings) -> type[torch.optim.Optimizer]:
+    if not settings.eight_bit:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise DistilError(
+            "Expected bitsandbytes for eight_bit, got none installed. Install it into ComfyUI's "
+            "environment, or leave eight_bit off."
+        ) from None
+    return AdamW8bit

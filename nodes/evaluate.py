@@ -1,0 +1,131 @@
+"""How close ΔConv weights are to the model they stand in for."""
+
+import re
+
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..deltaconv.compare import compare, side_by_side
+from ..deltaconv.families import FAMILIES
+from ..deltaconv.fit import check_fit
+from .types import CATEGORY, DeltaConv
+
+
+class DeltaConvEvaluate(io.ComfyNode):
+    """MODEL, DELTACONV, conditioning, seeds → errors by noise level and site, pictures, figures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvEvaluate",
+            display_name="Evaluate ΔConv",
+            category=CATEGORY,
+            description="Compare a model with its ΔConv weights to the model itself: the error of "
+            "the predicted noise by noise level, of each layer alone, and PSNR and SSIM of "
+            "pictures from equal seeds.",
+            search_aliases=["ConvFusion evaluation", "psnr", "ssim"],
+            inputs=[
+                io.Model.Input("model"),
+                DeltaConv.Input("deltaconv"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative", optional=True, tooltip="None: CFG is left out."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Decodes the pictures. Without it only models that work in pixels get "
+                    "PSNR, SSIM and a grid.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Only its size is used; none: the family's usual size.",
+                ),
+                io.String.Input("seeds", default="1, 2", tooltip="One picture per seed."),
+                io.Int.Input("steps", default=20, min=1, max=1000),
+                io.Float.Input("cfg", default=4.0, min=1.0, max=30.0, step=0.1),
+                io.Int.Input("levels", default=8, min=1, max=100, advanced=True),
+            ],
+            outputs=[
+                io.String.Output(display_name="table"),
+                io.Image.Output(display_name="plot"),
+                io.Image.Output(display_name="grid"),
+                io.Float.Output(display_name="mse", tooltip="Of the predicted noise, mean."),
+                io.Float.Output(display_name="psnr", tooltip="Mean in dB; NaN without pictures."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        deltaconv,
+        positive,
+        negative=None,
+        vae=None,
+        latent=None,
+        seeds: str = "1, 2",
+        steps: int = 20,
+        cfg: float = 4.0,
+        levels: int = 8,
+    ) -> io.NodeOutput:
+        # Imported here: distillation is large, and importing the pack stays quick.
+        from ..deltaconv.distil.evaluate import evaluate
+        from ..deltaconv.distil.plots import level_plot
+        from .conditioning import conditions_of
+        from .teacher import ComfyTeacher
+
+        numbers = [int(word) for word in re.findall(r"\d+", seeds)]
+        if not numbers:
+            raise ValueError(f"Expected seeds such as 1, 2, 3, got {seeds!r}.")
+        with torch.inference_mode(False), torch.no_grad():
+            teacher = ComfyTeacher(model)
+            check_fit(deltaconv, teacher.dims, teacher.family)
+            blocks = {site: deltaconv.block(site).float() for site in deltaconv.sites}
+            conditions = conditions_of([positive])
+            empty = conditions_of([negative])[0] if negative else conditions[0]
+            bar = comfy.utils.ProgressBar(1)
+            with teacher:
+                result = evaluate(
+                    teacher,
+                    blocks,
+                    conditions,
+                    empty,
+                    numbers,
+                    _shape(teacher, latent),
+                    steps=steps,
+                    cfg=cfg if negative else 1.0,
+                    levels=levels,
+                    progress=bar.update_absolute,
+                )
+                latents = [teacher.latents_out(x) for x in (result.teacher, result.student)]
+        table, grid, psnr = result.table(), torch.ones(1, 64, 64, 3), float("nan")
+        if pictures := _decode(latents, vae):
+            comparison = compare(*pictures)
+            captions = [comparison.caption(index) for index in range(len(comparison.psnr))]
+            grid = side_by_side(*pictures, "self-attention", "DeltaConv", captions)
+            table, psnr = f"{table}\n\n{comparison.report()}", comparison.mean_psnr
+        else:
+            table += "\n\nConnect a VAE for PSNR, SSIM and the grid."
+        plot = level_plot(result)
+        if plot is None:
+            table += "\n\nThe plot needs matplotlib: pip install matplotlib"
+            plot = torch.ones(1, 64, 64, 3)
+        return io.NodeOutput(table, plot, grid, result.mse, psnr)
+
+
+def _shape(teacher, latent) -> tuple[int, int, int]:
+    if latent is not None:
+        return tuple(latent["samples"].shape[1:])
+    family = FAMILIES.get(teacher.family)
+    side = family.native_latent if family else 64
+    return (teacher.patcher.model.latent_format.latent_channels, side, side)
+
+
+def _decode(latents, vae):
+    """Two batches of pictures [B, H, W, 3] in 0…1; None where nothing can decode them."""
+    if vae is not None:
+        return [vae.decode(latent) for latent in latents]
+    if latents[0].shape[1] == 3:
+        return [((latent + 1) / 2).clamp(0, 1).movedim(1, -1) for latent in latents]
+    return None

@@ -1,0 +1,349 @@
+"""Distillation and evaluation nodes in the real ComfyUI, on the real demo model."""
+
+import gc
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_deltaconv.deltaconv import demo, read_weights
+from comfyui_deltaconv.deltaconv.distil import (
+    Dataset,
+    DistilError,
+    DistilSettings,
+    StageSettings,
+    distil,
+)
+from comfyui_deltaconv.deltaconv.distil.evaluate import held_out_error
+from comfyui_deltaconv.deltaconv.distil.state import state_files
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+CAPTIONS = ["red apple", "sun with face", "octopus", "purple heart"]
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_nodes(comfy, tmp_path, monkeypatch):
+    import comfy.model_management
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+    gc.collect()
+    comfy.model_management.unload_all_models()
+    assert not comfy.model_management.in_training
+
+
+@pytest.fixture
+def model(comfy):
+    from comfyui_deltaconv.nodes.demo_model import load_demo_model
+
+    return load_demo_model()
+
+
+def conditioning(text):
+    return [[demo.text_encoder().encode(text), {}]]
+
+
+def pictures(size=16):
+    """Plain pictures of one colour each, as a LATENT."""
+    colours = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return {"samples": colours.expand(4, 3, size, size).clone()}
+
+
+def settings(layers=0, joint=0, **changes):
+    stage = {"batch": 4, "warmup": 2}
+    defaults = {
+        "init": "random",
+        "layers": StageSettings(layers, **stage),
+        "joint": StageSettings(joint, lr=1e-3, **stage),
+    }
+    return DistilSettings(**{**defaults, **changes})
+
+
+def node(model, **changes):
+    """The node's outputs; as ComfyUI calls it, every input is a list."""
+    from comfyui_deltaconv.nodes.distil import DeltaConvDistill
+
+    inputs = {
+        "kernels": "by size",
+        "latents": pictures(),
+        "positive": [conditioning(text) for text in CAPTIONS],
+        "unconditional": conditioning(""),
+        "prompts": "",
+        "layer_steps": 3,
+        "joint_steps": 0,
+        "batch_size": 2,
+        "layer_rate": 1e-3,
+        "joint_rate": 1e-3,
+        "seed": 0,
+        "folder": "run",
+        "save_every": 1,
+        "preview_every": 0,
+        "losses": "ours",
+        "initialisation": "random",
+        "precision": "float32",
+        "gradient_checkpointing": True,
+        "accumulate": 1,
+        "samples": 2,
+        "sample_size": 16,
+        **changes,
+    }
+    as_lists = {
+        name: value if name in ("positive",) and value else [value]
+        for name, value in inputs.items()
+        if value is not None
+    }
+    return DeltaConvDistill.execute([model], **as_lists).args
+
+
+def forward(model, size=16):
+    """ε̂ of a loaded MODEL on a fixed input."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    context = demo.text_encoder().encode("cat face")
+    return model.model.diffusion_model(
+        x, torch.tensor([500.0]), context=context, transformer_options={}
+    )
+
+
+def data_of(teacher, count=4, size=32):
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator).clamp(-1, 1)
+    latents = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+    encoder = demo.text_encoder()
+    conditions = [(encoder.encode(text), {}) for text in CAPTIONS[:count]]
+    return Dataset(list(latents), conditions, (encoder.encode(""), {}))
+
+
+@pytest.fixture
+def differentiable(comfy):
+    """Whether this ComfyUI can load a base again for training."""
+    import inspect
+
+    from comfy.model_patcher import ModelPatcher
+
+    return "force_deepcopy" in inspect.signature(ModelPatcher.clone).parameters
+
+
+def test_node_distils_and_leaves_the_base_as_it_was(model, differentiable):
+    from comfyui_deltaconv.nodes.apply import DeltaConvApply
+
+    before = forward(model)
+    weights, loss_map, report = node(model, joint_steps=2 * differentiable)
+    assert len(loss_map["loss"]) == 3 + 2 * differentiable
+    assert all(math.isfinite(loss) for loss in loss_map["loss"])
+    assert "layers: 3 steps" in report
+    assert not weights.state(next(iter(weights.sites)))["conv_up.weight"].is_inference()
+    assert torch.equal(forward(model), before)
+    patched = DeltaConvApply.execute(model, weights).args[0]
+    assert not torch.equal(forward(patched), before)
+    assert torch.equal(forward(model), before)
+    assert not any(parameter.grad is not None for parameter in model.model.parameters())
+
+
+def test_joint_stage_runs_or_is_refused_by_name(model, differentiable):
+    if differentiable:
+        _, loss_map, _ = node(model, layer_steps=0, joint_steps=2)
+        assert len(loss_map["loss"]) == 2
+    else:
+        with pytest.raises(ValueError, match=r"update ComfyUI to 0\.30\.0"):
+            node(model, layer_steps=0, joint_steps=2)
+        assert not Path(folder("run")).exists()
+
+
+def folder(name):
+    from comfyui_deltaconv.nodes.distil_run import state_folder
+
+    return state_folder(name)
+
+
+def test_interrupt_saves_and_queueing_again_goes_on(model):
+    import comfy.model_management
+    import comfy.utils
+
+    straight = node(model, layer_steps=5, folder="straight")[1]["loss"]
+
+    def interrupt(value, total, preview, node_id=None, **_):
+        if value >= 3:
+            comfy.model_management.interrupt_current_processing(True)
+
+    comfy.utils.set_progress_bar_global_hook(interrupt)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            node(model, layer_steps=5)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
+    assert not comfy.model_management.in_training
+    done = int(state_files(folder("run"))[0].stem.split("-")[1])
+    assert 1 <= done < 5
+    _, loss_map, report = node(model, layer_steps=5)
+    assert loss_map["loss"] == straight
+    assert f"resumed after {done} steps" in report
+
+
+def test_memory_after_is_memory_before(model):
+    import comfy.model_management
+
+    node(model, folder="first")
+    gc.collect()
+    loaded = len(comfy.model_management.current_loaded_models)
+    tensors = live_bytes()
+    node(model, folder="second")
+    gc.collect()
+    assert len(comfy.model_management.current_loaded_models) == loaded
+    assert live_bytes() == pytest.approx(tensors, rel=0.01)
+
+
+def live_bytes():
+    """Bytes of all live tensors' storages."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_own_samples_are_drawn_from_prompts_and_cached(model):
+    cached = folder("run").parent / "samples"
+    node(model, latents=None, positive=None, unconditional=None, prompts="red apple\ncat face")
+    (file,) = cached.iterdir()
+    stamp = file.stat().st_mtime_ns
+    node(model, latents=None, positive=None, unconditional=None, prompts="red apple\ncat face")
+    assert file.stat().st_mtime_ns == stamp
+
+
+def test_queueing_a_complete_distillation_again_returns_its_weights(model):
+    first, second = node(model), node(model)
+    assert "complete" in second[2] and second[1] == first[1]
+    for site in first[0].sites:
+        a, b = first[0].state(site), second[0].state(site)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_recipe_chooses_sites_and_kernels(model):
+    site = "middle_block.1.transformer_blocks.0.attn1"
+    recipe = SimpleNamespace(replaced={site: SimpleNamespace(kernel=3, scales=(1.0,))})
+    weights, _, _ = node(model, recipe=recipe, layer_steps=1)
+    assert list(weights.sites) == [site]
+    assert weights.sites[site].kernel_size == 3 and weights.scales[site] == (1.0,)
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x"])
+def test_folders_outside_are_refused(model, name):
+    with pytest.raises(ValueError, match="below"):
+        node(model, folder=name)
+
+
+def test_nothing_to_train_on_is_said(model):
+    with pytest.raises(ValueError, match="conditioning or prompts"):
+        node(model, positive=None)
+
+
+def test_another_base_is_refused_by_name(model):
+    node(model, layer_steps=1)
+    patched = with_lora(model, 0.1)
+    with pytest.raises(DistilError, match="of this base"):
+        node(patched, layer_steps=2)
+
+
+def with_lora(model, strength):
+    """A clone with a change on every attn1's value projection, as a LoRA makes it."""
+    clone, patches = model.clone(), {}
+    generator = torch.Generator().manual_seed(7)
+    for key, tensor in model.model.state_dict().items():
+        if key.endswith("attn1.to_v.weight"):
+            change = torch.randn(tensor.shape, generator=generator) * strength
+            patches[key] = ("diff", (change,))
+    clone.add_patches(patches, 1.0)
+    return clone
+
+
+def layer_errors(model, weights, steps=0):
+    """Mean relative layer error of `weights` on the model, before and after `steps`."""
+    from comfyui_deltaconv.nodes.teacher import ComfyTeacher
+
+    with torch.inference_mode(False):
+        teacher = ComfyTeacher(model)
+        recipe = {
+            site: (geometry.kernel_size, weights.scales[site])
+            for site, geometry in weights.sites.items()
+        }
+        chosen = settings(steps, ema=0.5)
+        start = {site: weights.block(site).float() for site in weights.sites}
+        with teacher:
+            records = list(distil(teacher, recipe, data_of(teacher), chosen, start=start))
+    return [record.loss for record in records if record.stage == "layers"]
+
+
+def test_short_layers_run_bakes_a_lora_into_the_blocks(model):
+    losses = layer_errors(with_lora(model, 0.05), read_weights(demo.DELTACONV_PATH), 24)
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_loss_falls_on_the_demo_teacher_and_informed_is_better(model):
+    from comfyui_deltaconv.nodes.teacher import ComfyTeacher
+
+    with torch.inference_mode(False):
+        teacher = ComfyTeacher(model)
+        recipe = dict.fromkeys(teacher.dims, 7)
+        data = data_of(teacher)
+        with teacher:
+            trained = list(distil(teacher, recipe, data, settings(20)))
+            informed = list(
+                distil(teacher, recipe, data, settings(1, init="informed", init_images=32))
+            )
+            losses = [record.loss for record in trained[1:]]
+            assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+            errors = [
+                held_out_error(teacher, run[-1].student.averaged_blocks(), data, batches=2, batch=4)
+                for run in (trained, informed)
+            ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_checkpointing_changes_no_gradient(model, differentiable):
+    if not differentiable:
+        # Nothing to compare: the joint stage is refused there, and tested to be.
+        return
+    from comfyui_deltaconv.nodes.teacher import ComfyTeacher
+
+    def last(active):
+        with torch.inference_mode(False):
+            teacher = ComfyTeacher(model, differentiable=True)
+            losses = {"teacher": 1.0, "normalised_features": 0.1}
+            chosen = settings(0, 3, losses=losses, checkpointing=active)
+            recipe = dict.fromkeys(teacher.dims, 3)
+            with teacher:
+                records = list(distil(teacher, recipe, data_of(teacher, size=16), chosen))
+            return records[-1].student.ema
+
+    plain, recomputed = last(False), last(True)
+    assert all(torch.allclose(plain[n], recomputed[n], atol=1e-6) for n in plain)
+
+
+def test_evaluate_node_tells_good_weights_from_bad(model):
+    from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
+
+    inputs = {
+        "positive": conditioning("red apple"),
+        "negative": conditioning(""),
+        "latent": {"samples": torch.zeros(1, 3, 32, 32)},
+        "seeds": "1",
+        "steps": 4,
+        "levels": 3,
+    }
+    good = DeltaConvEvaluate.execute(model, read_weights(demo.DELTACONV_PATH), **inputs).args
+    bad = DeltaConvEvaluate.execute(model, node(model, layer_steps=1)[0], **inputs).args
+    table, plot, grid, mse, psnr = good
+    assert mse < bad[3] and psnr > bad[4]
+    assert "PSNR" in table and plot.ndim == grid.ndim == 4 and grid.shape[-1] == 3
