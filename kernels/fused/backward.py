@@ -49,10 +49,8 @@ def plan_resampling(shape: Shape) -> tuple[list[Launch], Launch | None]:
     block = 32 if half % 32 == 0 else 16
     down = []
     for rows, columns in shape.sizes[1:]:
-        # An upsampled position holds a coarse one from less than a coarse step away on each side;
-        # the border's coarse positions reach half a step further.
-        reach = [2 * ceil(full / coarse) + 4 for full, coarse in
-                 ((shape.height, rows), (shape.width, columns))]
+        # Positions less than one coarse step away on either side hold a coarse position.
+        reach = [ceil(2 * shape.height / rows), ceil(2 * shape.width / columns)]
         numbers = (batch, shape.height, shape.width, rows, columns, *reach, half)
         numbers += (half * len(shape.scales),)
         programs = batch * rows * ceil(columns / 32) * ceil(half / block)

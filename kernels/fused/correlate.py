@@ -31,31 +31,36 @@ def correlate(
     registers: K + ROWS - 1 loads instead of K · ROWS. FLIP turns the kernel around (the adjoint).
     """
     row_stride = width.to(tl.int64) * channels
+    lines, inside_line = (), ()
+    for i in tl.static_range(K + ROWS - 1):
+        y = row + (i - K // 2)
+        lines = lines + (source + y * row_stride,)
+        inside_line = inside_line + ((y >= 0) & (y < height),)
+    lane, inside_lane = channel[None, :], inside_channel[None, :]
     totals = (tl.zeros((column.shape[0], channel.shape[0]), tl.float32),) * ROWS
     # `shifts` is K, but not known to the compiler, which would unroll all K² taps for minutes.
     for dx in range(shifts):
         shifted = column + (dx - K // 2)
-        inside = ((shifted >= 0) & (shifted < width))[:, None] & inside_channel[None, :]
-        offsets = shifted[:, None] * channels + channel[None, :]
+        inside = ((shifted >= 0) & (shifted < width))[:, None] & inside_lane
+        offsets = shifted[:, None] * channels + lane
+        if FLIP:
+            taps = weight + (K * K - 1 - dx) * channels + lane
+        else:
+            taps = weight + dx * channels + lane
         window = ()
         for i in tl.static_range(K + ROWS - 1):
-            y = row + (i - K // 2)
-            mask = inside & ((y >= 0) & (y < height))
-            line = tl.load(source + y * row_stride + offsets, mask=mask, other=0.0)
-            if i >= ROWS:
-                window = window[1:]
+            line = tl.load(lines[i] + offsets, mask=inside & inside_line[i], other=0.0)
             window = window + (line.to(tl.float32),)
             if i >= ROWS - 1:
-                dy = i - (ROWS - 1)
-                position = dy * K + dx
-                if FLIP:
-                    position = K * K - 1 - position
-                taps = weight + position * channels + channel[None, :]
-                tap = tl.load(taps, mask=inside_channel[None, :], other=0.0).to(tl.float32)
+                tap = tl.load(taps, mask=inside_lane, other=0.0).to(tl.float32)
                 sums = ()
                 for j in tl.static_range(ROWS):
-                    sums = sums + (totals[j] + window[j] * tap,)
+                    sums = sums + (totals[j] + window[i - (ROWS - 1) + j] * tap,)
                 totals = sums
+                if FLIP:
+                    taps -= K * channels
+                else:
+                    taps += K * channels
     return totals
 
 

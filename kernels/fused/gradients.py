@@ -149,9 +149,8 @@ def weight_gradient_kernel(
             lines = ()
             for i in tl.static_range(ROWS):
                 y = top + i
-                line = tl.load(
-                    upstream + y * row_stride + here, mask=inside_here & (y < stop), other=0.0
-                )
+                mask = inside_here & (y < stop)
+                line = tl.load(upstream + y * row_stride + here, mask=mask, other=0.0)
                 lines = lines + (line.to(tl.float32),)
             for i in tl.static_range(ROWS + K - 1):
                 y = top + i - K // 2

@@ -137,9 +137,10 @@ def share_of(index, size, coarse, wanted):
 
 
 @triton.jit
-def first_reached(index, size, coarse):
-    """A position from which coarse `index` is reached, and none before it."""
-    return tl.maximum(((2 * index - 1) * size) // (2 * coarse) - 1, 0)
+def first_holder(index, size, coarse):
+    """The first position of `size` that holds coarse `index`: less than one coarse step before it."""
+    before = (2 * index - 1) * size - coarse
+    return tl.where(before < 0, 0, before // (2 * coarse) + 1)
 
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "rows", "columns", "reach_y", "reach_x"])
@@ -171,8 +172,8 @@ def downsample_kernel(
     row_stride = width.to(tl.int64) * stride
     image = gradient + (line // rows) * height * row_stride
     total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
-    start_y = first_reached(row, height, rows)
-    start_x = first_reached(column, width, columns)
+    start_y = first_holder(row, height, rows)
+    start_x = first_holder(column, width, columns)
     for y in range(start_y, tl.minimum(start_y + reach_y, height)):
         held_y = share_of(y, height, rows, row)
         source = image + y * row_stride
