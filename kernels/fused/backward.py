@@ -6,6 +6,7 @@ from math import ceil
 
 import torch
 
+from ..torch_forms import projection_backward
 from .forward import aligned, shape_of
 from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
 from .plan import Launch, Shape, convolution_tile, levels_of, plan_forward
@@ -15,7 +16,7 @@ from .upsample import downsample_kernel
 
 @lru_cache(maxsize=256)
 def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, Launch, int]:
-    """Launches of one level: through its gate, to its input, to its kernel; and strips per image."""
+    """Launches of one level: through the gate, to its input, to its kernel; strips per image."""
     batch, channels, half, k = shape.batch, shape.channels, shape.half, shape.kernel_size
     rows, columns = size = shape.sizes[level]
     stride = half * len(shape.scales)
@@ -29,7 +30,9 @@ def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, La
 
     tile = convolution_tile(batch, size, channels)
     numbers, constants = (rows, columns, channels, k), {"K": k} | tile.constants
-    to_input = Launch(input_gradient_kernel, tile.programs(batch, size, channels), numbers, constants)
+    to_input = Launch(
+        input_gradient_kernel, tile.programs(batch, size, channels), numbers, constants
+    )
 
     tile = tile._replace(rows=8)
     blocks = ceil(channels / tile.channels)
@@ -37,7 +40,10 @@ def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, La
     strips = max(1, min(ceil(rows / tile.rows), ceil(1024 / (k * blocks * batch))))
     strip = tile.rows * ceil(rows / (tile.rows * strips))
     strips = ceil(rows / strip)
-    numbers, constants = (batch, rows, columns, strips, strip, channels, k), {"K": k} | tile.constants
+    numbers, constants = (
+        (batch, rows, columns, strips, strip, channels, k),
+        {"K": k} | tile.constants,
+    )
     to_kernel = Launch(weight_gradient_kernel, k * blocks * batch * strips, numbers, constants)
     return through, to_input, to_kernel, strips
 
@@ -70,7 +76,7 @@ def gated_pyramid_backward(
     scales: Sequence[float],
     gate: str,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> list[torch.Tensor]:
     """gradient [B, H, W, S · h/2] → gradients of u [B, H, W, h] and of every kernel [k, k, h].
 
     `out` [B, H, W, S · h/2], if given, receives the pyramid itself, computed on the way.
@@ -114,7 +120,7 @@ def gated_pyramid_backward(
         unpool(to_low, to_u)
     if keep and forward.upsample is not None:
         forward.upsample(gated_low, out, nothing, nothing, nothing, nothing, nothing)
-    return to_u, to_weights
+    return [to_u, *to_weights]
 
 
 def pyramid_projection_backward(
@@ -125,19 +131,11 @@ def pyramid_projection_backward(
     scales: Sequence[float],
     gate: str,
     out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
     pool_weight: torch.Tensor,
+    pool_bias: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, C] → gradients of x's mean [B, C] (already over H · W), u, out_weight,
-    bias (the same for both), pool_weight, then of every kernel."""
-    batch, height, width, dim = x.shape
-    tokens = height * width
-    rows = gradient.reshape(batch * tokens, dim)
-    pyramid = torch.empty(*u.shape[:3], out_weight.shape[1], dtype=u.dtype, device=u.device)
-    to_pyramid = (rows @ out_weight).view_as(pyramid)
-    to_u, to_weights = gated_pyramid_backward(to_pyramid, u, weights, scales, gate, pyramid)
-    to_out = rows.t() @ pyramid.view(batch * tokens, -1)
-    to_context = gradient.sum(dim=(1, 2), dtype=torch.float32)
-    to_pool = to_context.t() @ x.mean(dim=(1, 2), dtype=torch.float32)
-    to_mean = to_context @ pool_weight.float() / tokens
-    small = (to_out, to_context.sum(0).to(u.dtype), to_pool.to(u.dtype))
-    return [to_mean.to(x.dtype), to_u, *small, *to_weights]
+    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, both projections, kernels."""
+    return projection_backward(
+        gated_pyramid_backward, gradient, x, u, weights, scales, gate, out_weight, pool_weight
+    )

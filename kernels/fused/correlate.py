@@ -1,4 +1,7 @@
-"""Depthwise k × k correlation, its gate, and their gradients with respect to the input."""
+"""Depthwise k × k correlation of every level with its gate."""
+
+# Triton cannot unpack into a tuple: it has to be concatenated.
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -65,7 +68,9 @@ def correlate(
 
 
 @triton.jit
-def locate(program, height, width, lanes, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+def locate(
+    program, height, width, lanes, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
+):
     """Program of a level → (image, first row, columns [COLUMNS], channels [CHANNELS])."""
     # Channel blocks vary fastest: neighbours in the grid share rows in cache.
     blocks = tl.cdiv(lanes, CHANNELS)
@@ -155,9 +160,15 @@ def gated_kernel(
         if LEVELS > 2:
             if program >= first2:
                 skipped = batch.to(tl.int64) * height1 * width1
-                source, weight, target = low + skipped * channels, weight2, gated_low + skipped * half
+                source, weight, target = (
+                    low + skipped * channels,
+                    weight2,
+                    gated_low + skipped * half,
+                )
                 rows, columns, stride, first = height2, width2, half, first2
-        image, row, column, channel = locate(program - first, rows, columns, half, ROWS, COLUMNS, CHANNELS)
+        image, row, column, channel = locate(
+            program - first, rows, columns, half, ROWS, COLUMNS, CHANNELS
+        )
         inside = channel < half
         source += image * rows * columns * channels
         target += image * rows * columns * stride
@@ -167,10 +178,26 @@ def gated_kernel(
         for part in range(2):
             a = b
             lane = channel + part * half
-            b = correlate(source, weight, row, column, lane, inside, rows, columns, channels, shifts, False, K, ROWS)
+            b = correlate(
+                source,
+                weight,
+                row,
+                column,
+                lane,
+                inside,
+                rows,
+                columns,
+                channels,
+                shifts,
+                False,
+                K,
+                ROWS,
+            )
         offsets = column[:, None] * stride + channel[None, :]
         mask = (column < columns)[:, None] & inside[None, :]
         for i in tl.static_range(ROWS):
             y = row + i
             value = gated(a[i], b[i], gain, SIGMOID).to(target.dtype.element_ty)
-            tl.store(target + y.to(tl.int64) * columns * stride + offsets, value, mask=mask & (y < rows))
+            tl.store(
+                target + y.to(tl.int64) * columns * stride + offsets, value, mask=mask & (y < rows)
+            )

@@ -18,10 +18,20 @@ def shape_of(u: torch.Tensor, weights: Sequence[torch.Tensor], scales, gate: str
     return Shape(*u.shape, weights[0].shape[0], tuple(scales), gate, u.dtype, u.device)
 
 
+def refuse_gradient(*tensors: torch.Tensor) -> None:
+    """Raises RuntimeError where autograd would silently lose the gradient of a bare launch."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "Expected no gradient to be needed here, got a tensor that requires one. Call the op "
+            "of the same name in `kernels`, which records it, or enter torch.no_grad()."
+        )
+
+
 def gated_pyramid(
     u: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[float], gate: str
 ) -> torch.Tensor:
     """u [B, H, W, h], kernels [k, k, h] → [B, H, W, S · h/2]; see `gated_pyramid_definition`."""
+    refuse_gradient(u, *weights)
     u, weights = aligned(u), [aligned(weight) for weight in weights]
     shape = shape_of(u, weights, scales, gate)
     plan = plan_forward(shape, None, None)
@@ -46,6 +56,7 @@ def pyramid_projection(
 
     See `pyramid_projection_definition`.
     """
+    refuse_gradient(x, u, *weights, out_weight, out_bias, pool_weight, pool_bias)
     x, u, weights = aligned(x), aligned(u), [aligned(weight) for weight in weights]
     out_weight, pool_weight = aligned(out_weight), aligned(pool_weight)
     batch, height, width, dim = x.shape
@@ -74,7 +85,7 @@ def pyramid(
     pool_bias: torch.Tensor,
     out_bias: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All but the projection → pyramid [B, H, W, S · h/2], pooled levels, context [B, C] in fp32."""
+    """All but the projection → pyramid [B, H, W, S · h/2], pooled levels, context [B, C]."""
     batch, levels, options = shape.batch, len(shape.scales), {"device": u.device}
     out = torch.empty(
         batch, shape.height, shape.width, levels * shape.half, dtype=u.dtype, **options

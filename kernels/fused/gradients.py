@@ -1,5 +1,8 @@
 """Gradients of the gated convolution: through the gate, to its input, to its kernel."""
 
+# Triton cannot unpack into a tuple: it has to be concatenated.
+# ruff: noqa: RUF005
+
 import triton
 import triton.language as tl
 
@@ -45,7 +48,19 @@ def gate_gradient_kernel(
         a = b
         lane = channel + part * half
         b = correlate(
-            source, weight, row, column, lane, inside, rows, columns, channels, shifts, False, K, ROWS
+            source,
+            weight,
+            row,
+            column,
+            lane,
+            inside,
+            rows,
+            columns,
+            channels,
+            shifts,
+            False,
+            K,
+            ROWS,
         )
     mask = (column < columns)[:, None] & inside[None, :]
     for i in tl.static_range(ROWS):
@@ -117,7 +132,7 @@ def weight_gradient_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """source, upstream [B, rows, columns, h] → partial [B · strips, K, K, h] of the kernel's gradient.
+    """source, upstream [B, rows, columns, h] → partial [B · strips, K, K, h], kernel gradients.
 
     One program sums one column shift of all K row shifts over a strip of `strip` rows of one image;
     the strips are added up behind it, in a fixed order: the same bits every time, no atomics.

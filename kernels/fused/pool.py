@@ -18,7 +18,16 @@ def span(size, pooled):
 
 @triton.jit
 def pool_line(
-    program, u, low, height, width, rows, columns, channels, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
+    program,
+    u,
+    low,
+    height,
+    width,
+    rows,
+    columns,
+    channels,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """u [B, H, W, h] → COLUMNS pooled positions of one row of low [B, rows, columns, h]."""
     blocks = tl.cdiv(channels, CHANNELS)
@@ -109,13 +118,13 @@ def pool_kernel(
             if program >= first2:
                 target = low + batch.to(tl.int64) * height1 * width1 * channels
                 rows, columns, first = height2, width2, first2
-        pool_line(program - first, u, target, height, width, rows, columns, channels, COLUMNS, CHANNELS)
+        pool_line(
+            program - first, u, target, height, width, rows, columns, channels, COLUMNS, CHANNELS
+        )
 
 
 @triton.jit
-def spread(
-    total, low, image, y, x, height, width, rows, columns, channel, inside, channels
-):
+def spread(total, low, image, y, x, height, width, rows, columns, channel, inside, channels):
     """Adds to total [COLUMNS, CHANNELS] what the pooled gradients `low` give position (y, x)."""
     top = y * rows // height
     left = x * columns // width
@@ -167,8 +176,12 @@ def unpool_kernel(
     offsets = x[:, None] * channels + channel[None, :]
     target = gradient + line.to(tl.int64) * width * channels + offsets
     total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    total = spread(total, low, image, y, x, height, width, height1, width1, channel, inside, channels)
+    total = spread(
+        total, low, image, y, x, height, width, height1, width1, channel, inside, channels
+    )
     if LEVELS > 2:
         low += batch.to(tl.int64) * height1 * width1 * channels
-        total = spread(total, low, image, y, x, height, width, height2, width2, channel, inside, channels)
+        total = spread(
+            total, low, image, y, x, height, width, height2, width2, channel, inside, channels
+        )
     tl.store(target, total.to(gradient.dtype.element_ty), mask=inside)

@@ -60,7 +60,15 @@ def upsample_line(
 
 @triton.jit
 def project_mean(
-    program, mean, weight, bias, more_bias, context, dim, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr
+    program,
+    mean,
+    weight,
+    bias,
+    more_bias,
+    context,
+    dim,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
 ):
     """mean [B, C] · weight [C, C]ᵀ + both biases → OUTPUTS entries of context [B, C], in fp32."""
     blocks = tl.cdiv(dim, OUTPUTS)
@@ -138,7 +146,7 @@ def share_of(index, size, coarse, wanted):
 
 @triton.jit
 def first_holder(index, size, coarse):
-    """The first position of `size` that holds coarse `index`: less than one coarse step before it."""
+    """The first position of `size` that holds coarse `index`: under a coarse step before it."""
     before = (2 * index - 1) * size - coarse
     return tl.where(before < 0, 0, before // (2 * coarse) + 1)
 
