@@ -193,20 +193,24 @@ def _call(op: str, arguments: tuple, u, weights, scales, tensors) -> torch.Tenso
 
 def check(u: torch.Tensor, weights: Sequence[torch.Tensor], scales, gate: str) -> None:
     """Raises ValueError, with everything that does not fit, before anything is computed."""
+    size = weights[0].shape[0] if len(weights) else 0
+    expected = (size, size, u.shape[-1])
+    fit = all(w.shape == expected and w.dtype == u.dtype and w.device == u.device for w in weights)
+    if fit and gate in GATES and u.ndim == 4 and len(weights) == len(scales) and weights:
+        return
     problems = []
-    if u.ndim != 4 or u.shape[-1] % 2:
-        problems.append(f"u must be [B, H, W, h] with an even h, got {list(u.shape)}")
+    if u.ndim != 4:
+        problems.append(f"u must be [B, H, W, h], got {list(u.shape)}")
     if gate not in GATES:
         problems.append(f"gate must be one of {GATES}, got {gate=}")
-    if len(weights) != len(scales) or not len(weights):
+    if len(weights) != len(scales) or not weights:
         problems.append(f"expected one kernel per scale, got {len(weights)} for {scales=}")
     for weight in weights:
-        if weight.ndim != 3 or weight.shape != (*weights[0].shape[:1] * 2, u.shape[-1]):
-            problems.append(f"kernels must all be [k, k, {u.shape[-1]}], got {list(weight.shape)}")
+        if weight.shape != expected:
+            problems.append(f"kernels must be {list(expected)}, got {list(weight.shape)}")
         if weight.dtype != u.dtype or weight.device != u.device:
             problems.append(
                 f"expected a kernel in {u.dtype} on {u.device}, got {weight.dtype} on "
                 f"{weight.device}; cast it first"
             )
-    if problems:
-        raise ValueError("This pyramid cannot be computed: " + "; ".join(problems) + ".")
+    raise ValueError("This pyramid cannot be computed: " + "; ".join(problems) + ".")
