@@ -82,15 +82,20 @@ def reasons_against_triton(request: Request) -> list[str]:
     return [reason for reason in reasons if reason]
 
 
+def forced() -> str | None:
+    """The implementation that the environment asks for, if any."""
+    return os.environ.get("DELTACONV_KERNELS")
+
+
 @lru_cache(maxsize=1024)
-def uses_triton(request: Request, forced: str | None) -> bool:
-    """Whether the Triton kernels run this; `forced` is the value of DELTACONV_KERNELS."""
-    if forced not in (None, "", "torch", "triton"):
-        raise ValueError(f"Expected DELTACONV_KERNELS to be torch or triton, got {forced!r}.")
-    if forced == "torch":
+def uses_triton(request: Request, wanted: str | None) -> bool:
+    """Whether the Triton kernels run this; `wanted` is the value of DELTACONV_KERNELS."""
+    if wanted not in (None, "", "torch", "triton"):
+        raise ValueError(f"Expected DELTACONV_KERNELS to be torch or triton, got {wanted!r}.")
+    if wanted == "torch":
         return False
     reasons = reasons_against_triton(request)
-    if forced == "triton":
+    if wanted == "triton":
         if reasons:
             raise RuntimeError(
                 f"DELTACONV_KERNELS=triton, but {'; '.join(reasons)}. Unset it to use torch."
@@ -118,7 +123,7 @@ def _device_context(device: torch.device):
 
 def run(op: str, request: Request, *arguments):
     """The op's Triton form where it can run, torch's otherwise; neither records a gradient."""
-    if uses_triton(request, os.environ.get("DELTACONV_KERNELS")):
+    if uses_triton(request, forced()):
         from triton import TritonError
 
         from .fused import backward, forward
@@ -129,7 +134,7 @@ def run(op: str, request: Request, *arguments):
                 return fused(*arguments)
         except TritonError as error:
             # A device too small for a kernel is not worth a failed picture.
-            if os.environ.get("DELTACONV_KERNELS") == "triton":
+            if forced() == "triton":
                 raise
             _refused[request] = f"Triton refused this shape ({type(error).__name__}: {error})"
             uses_triton.cache_clear()
@@ -183,7 +188,7 @@ def _call(op: str, arguments: tuple, u, weights, scales, tensors) -> torch.Tenso
         request = request_of(u, weights, scales)
         if not _records_gradient(*tensors):
             return run(op, request, *arguments)
-        if not uses_triton(request, os.environ.get("DELTACONV_KERNELS")):
+        if not uses_triton(request, forced()):
             return getattr(torch_forms, op)(*arguments)
     # Imported here: telling torch of its operators is a third of the pack's import time.
     from . import operators
