@@ -1,12 +1,13 @@
 """The ΔConvBlock: a pyramid of gated depthwise convolutions and a pooled constant."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from ..kernels import GATES, gated_pyramid
+from ..kernels import GATES, gated_pyramid, pyramid_projection
 from .layout import canonical_tensor, check_geometry, default_scales, read_geometry
 
 
@@ -32,12 +33,29 @@ class Gate(nn.Module):
         self.conv_spatial = DepthwiseKernel(kernel_size, channels, dtype=dtype, device=device)
 
 
+@contextmanager
+def lend_plain(
+    linears: Sequence[nn.Module], like: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ...] | None]:
+    """weight, bias, weight, bias … of torch's own Linears; None where a module is anything else.
+
+    None means: call the modules. A host whose Linears cast or move their weights supplies its own
+    `lend` beside them, which gives the tensors in `like`'s dtype, on its device.
+    """
+    plain = all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
+    if not plain or any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+        yield None
+        return
+    yield tuple(tensor for linear in linears for tensor in (linear.weight, linear.bias))
+
+
 class DeltaConvBlock(nn.Module):
     """x [B, H, W, C] → [B, H, W, C], in place of a whole self-attention layer.
 
     `dim` is C, a multiple of 4; `kernel_size` is odd; `scales` are fractions of H × W; `gate` is
     "scaled" (SD1.5, SDXL) or "sigmoid" (PixArt). `operations` supplies `Linear`: torch.nn, or the
-    host's own that casts its weights. Raises ValueError for geometry that cannot be.
+    host's own that casts its weights, and `lend` where a host can lend them to one fused op; see
+    `lend_plain`. Raises ValueError for geometry that cannot be.
 
     y = conv_out(pyramid(conv_up(x))) + conv_pool(mean of x over H, W); source: arXiv 2504.21292.
     """
@@ -63,6 +81,7 @@ class DeltaConvBlock(nn.Module):
             raise ValueError("This ΔConvBlock cannot be: " + "; ".join(problems) + ".")
         self.dim, self.kernel_size = dim, kernel_size
         self.scales, self.gate = tuple(map(float, scales)), gate
+        self._lend = getattr(operations, "lend", lend_plain)
         inner = dim // 2
         factory = {"dtype": dtype, "device": device}
         self.conv_up = operations.Linear(dim, inner, **factory)
@@ -101,8 +120,12 @@ class DeltaConvBlock(nn.Module):
         u = self.conv_up(x)
         # Bare parameters follow the activations, as the host's own modules cast theirs.
         kernels = [gate.conv_spatial.weight.to(u) for gate in self.gates]
+        with self._lend((self.conv_out, self.conv_pool), u) as linear:
+            if linear is not None:
+                return pyramid_projection(x, u, kernels, self.scales, self.gate, *linear)
         pyramid = gated_pyramid(u, kernels, self.scales, self.gate)
-        return self.conv_out(pyramid) + self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
+        context = self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
+        return self.conv_out(pyramid) + context
 
     def extra_repr(self) -> str:
         scales = ", ".join(f"{scale:.3g}" for scale in self.scales)

@@ -1,6 +1,18 @@
 """The heavy operations, each one public function over a definition and its fast forms."""
 
-from .dispatch import gated_pyramid
-from .gated_pyramid import GATES, gated_pyramid_definition, pooled_size
+from .dispatch import gated_pyramid, pyramid_projection
+from .gated_pyramid import (
+    GATES,
+    gated_pyramid_definition,
+    pooled_size,
+    pyramid_projection_definition,
+)
 
-__all__ = ["GATES", "gated_pyramid", "gated_pyramid_definition", "pooled_size"]
+__all__ = [
+    "GATES",
+    "gated_pyramid",
+    "gated_pyramid_definition",
+    "pooled_size",
+    "pyramid_projection",
+    "pyramid_projection_definition",
+]

@@ -47,3 +47,24 @@ def gated_pyramid_definition(
             v = F.interpolate(v, (height, width), mode="bilinear", align_corners=False)
         pyramid.append(v)
     return torch.cat(pyramid, dim=1).movedim(1, -1)
+
+
+def pyramid_projection_definition(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    gate: str,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    pool_weight: torch.Tensor,
+    pool_bias: torch.Tensor,
+) -> torch.Tensor:
+    """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C].
+
+    The gated pyramid of u through `out` [C, S · h/2], plus the mean of x over H, W through `pool`
+    [C, C]. `weights` are the pyramid's kernels [k, k, h].
+    """
+    pyramid = gated_pyramid_definition(u, weights, scales, gate)
+    context = F.linear(x.mean(dim=(1, 2), keepdim=True), pool_weight, pool_bias)
+    return F.linear(pyramid, out_weight, out_bias) + context

@@ -1,0 +1,135 @@
+"""How far an implementation is from the definition, and how far it may be.
+
+The yardstick is the definition in float64. What torch's own operators lose against it in the same
+dtype is the budget: a fused kernel rounds less often and must not be worse.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .dispatch import gated_pyramid, pyramid_projection
+from .gated_pyramid import gated_pyramid_definition, pyramid_projection_definition
+
+
+class Case(NamedTuple):
+    """One shape of the ops: x [batch, height, width, dim] and its pyramid."""
+
+    batch: int
+    height: int
+    width: int
+    dim: int
+    kernel_size: int
+    scales: tuple[float, ...] = (1.0, 0.5)
+    gate: str = "scaled"
+
+
+class Error(NamedTuple):
+    """Distance from the float64 definition, relative to its own size: root mean square and worst.
+
+    A NaN anywhere makes both NaN.
+    """
+
+    rms: float
+    worst: float
+
+    def within(self, own: "Error", dtype: torch.dtype) -> bool:
+        """Whether this stays in the budget that torch's `own` error sets.
+
+        One rounding of the result is always allowed on top: half a unit in the last place at
+        worst, and its root mean square.
+        """
+        unit = torch.finfo(dtype).eps
+        # Written so that a NaN is a failure.
+        return self.rms <= 1.5 * own.rms + unit / 12**0.5 and self.worst <= 2 * own.worst + unit / 2
+
+
+def distance(value: torch.Tensor, exact: torch.Tensor) -> Error:
+    """value in any dtype against `exact` in float64."""
+    if value.shape != exact.shape:
+        raise ValueError(f"Expected {list(exact.shape)}, got {list(value.shape)}.")
+    error, tiny = value.detach().cpu().double() - exact, torch.finfo(torch.float64).tiny
+    rms = error.square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(tiny)
+    return Error(rms.item(), (error.abs().max() / exact.abs().max().clamp_min(tiny)).item())
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> list[torch.Tensor]:
+    """x, u, out_weight, out_bias, pool_weight, pool_bias, then one kernel [k, k, h] per scale.
+
+    Sized so that activations stay near 1, as behind a norm and in a trained block.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, fan: int = 1) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) / fan**0.5
+        return values.to(dtype).to(device)
+
+    batch, height, width, dim, k = case[:5]
+    inner = dim // 2
+    wide = inner // 2 * len(case.scales)
+    gain = (inner // 2) ** 0.25 if case.gate == "scaled" else 1
+    kernels = [normal(k, k, inner, fan=k * k) / gain for _ in case.scales]
+    return [
+        *(normal(batch, height, width, dim), normal(batch, height, width, inner)),
+        *(normal(dim, wide, fan=wide), normal(dim)),
+        *(normal(dim, dim, fan=dim), normal(dim)),
+        *kernels,
+    ]
+
+
+def project(case: Case, inputs: list[torch.Tensor], op=pyramid_projection) -> torch.Tensor:
+    """`op` with the signature of `pyramid_projection` on what `make_inputs` gave."""
+    x, u, *linear = inputs[:6]
+    return op(x, u, inputs[6:], case.scales, case.gate, *linear)
+
+
+def exactly(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same numbers in float64 on the CPU."""
+    return [tensor.detach().cpu().double() for tensor in inputs]
+
+
+def forward_errors(case: Case, dtype: torch.dtype, device: str) -> list[tuple[str, Error, Error]]:
+    """(name, error of the public op, torch's own error) of the pyramid and of the projection."""
+    inputs = make_inputs(case, dtype, device)
+    with torch.no_grad():
+        u, kernels = inputs[1], inputs[6:]
+        exact = exactly(inputs)
+        pyramid = gated_pyramid_definition(exact[1], exact[6:], case.scales, case.gate)
+        whole = project(case, exact, pyramid_projection_definition)
+        return [
+            (
+                "pyramid",
+                distance(gated_pyramid(u, kernels, case.scales, case.gate), pyramid),
+                distance(gated_pyramid_definition(u, kernels, case.scales, case.gate), pyramid),
+            ),
+            (
+                "block",
+                distance(project(case, inputs), whole),
+                distance(project(case, inputs, pyramid_projection_definition), whole),
+            ),
+        ]
+
+
+NAMES = ("x", "u", "out_weight", "out_bias", "pool_weight", "pool_bias")
+
+
+def gradient_errors(case: Case, dtype: torch.dtype, device: str) -> list[tuple[str, Error, Error]]:
+    """(tensor, error of the public op's gradient, torch's own error) for every input."""
+    inputs = make_inputs(case, dtype, device)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    upstream = upstream.to(dtype).to(device)
+
+    def gradients(tensors, upstream, op):
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(project(case, tensors, op), tensors, upstream)
+
+    exact = gradients(exactly(inputs), upstream.cpu().double(), pyramid_projection_definition)
+    ours = gradients(inputs, upstream, pyramid_projection)
+    own = gradients(inputs, upstream, pyramid_projection_definition)
+    names = [*NAMES, *(f"kernel {level}" for level in range(len(case.scales)))]
+    return [
+        (name, distance(a, e), distance(b, e))
+        for name, a, b, e in zip(names, ours, own, exact, strict=True)
+    ]

@@ -1,0 +1,184 @@
+"""Gradients of the gated convolution: through the gate, to its input, to its kernel."""
+
+# Triton cannot unpack into a tuple: it has to be concatenated.
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+from .correlate import correlate, gated, locate
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "shifts"])
+def gate_gradient_kernel(
+    source,
+    weight,
+    upstream,
+    out,
+    gradient,
+    rows,
+    columns,
+    channels,
+    half,
+    stride,
+    out_stride,
+    shifts,
+    gain,
+    KEEP: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """upstream [B, rows, columns, stride], a gradient of a · gate(b) → gradient [·, h] of (a, b).
+
+    The convolution is computed again from source [B, rows, columns, h]: nothing of it was saved.
+    KEEP: its gated result is also stored, into out [B, rows, columns, out_stride].
+    """
+    image, row, column, channel = locate(
+        tl.program_id(0), rows, columns, half, ROWS, COLUMNS, CHANNELS
+    )
+    inside = channel < half
+    positions = image * rows * columns
+    source += positions * channels
+    a = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
+    b = a
+    for part in range(2):
+        a = b
+        lane = channel + part * half
+        b = correlate(
+            source,
+            weight,
+            row,
+            column,
+            lane,
+            inside,
+            rows,
+            columns,
+            channels,
+            shifts,
+            False,
+            K,
+            ROWS,
+        )
+    mask = (column < columns)[:, None] & inside[None, :]
+    for i in tl.static_range(ROWS):
+        y = row + i
+        here = positions + y.to(tl.int64) * columns
+        stored = mask & (y < rows)
+        wide = column[:, None] * stride + channel[None, :]
+        g = tl.load(upstream + here * stride + wide, mask=stored, other=0.0).to(tl.float32)
+        if SIGMOID:
+            share = tl.sigmoid(b[i])
+            to_a, to_b = g * share, g * a[i] * share * (1 - share)
+        else:
+            to_a, to_b = g * (b[i] * gain), g * (a[i] * gain)
+        target = gradient + here * channels + (column[:, None] * channels + channel[None, :])
+        tl.store(target, to_a.to(gradient.dtype.element_ty), mask=stored)
+        tl.store(target + half, to_b.to(gradient.dtype.element_ty), mask=stored)
+        if KEEP:
+            target = out + here * out_stride + (column[:, None] * out_stride + channel[None, :])
+            value = gated(a[i], b[i], gain, SIGMOID)
+            tl.store(target, value.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "shifts"])
+def input_gradient_kernel(
+    upstream,
+    weight,
+    gradient,
+    rows,
+    columns,
+    channels,
+    shifts,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """upstream [B, rows, columns, h], the convolution's gradient → gradient of its input."""
+    image, row, column, channel = locate(
+        tl.program_id(0), rows, columns, channels, ROWS, COLUMNS, CHANNELS
+    )
+    inside = channel < channels
+    positions = image * rows * columns
+    total = correlate(
+        upstream + positions * channels,
+        *(weight, row, column, channel, inside, rows, columns, channels, shifts, True, K, ROWS),
+    )
+    offsets = column[:, None] * channels + channel[None, :]
+    mask = (column < columns)[:, None] & inside[None, :]
+    for i in tl.static_range(ROWS):
+        y = row + i
+        target = gradient + (positions + y.to(tl.int64) * columns) * channels + offsets
+        tl.store(target, total[i].to(gradient.dtype.element_ty), mask=mask & (y < rows))
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "columns", "strips", "strip", "shifts"])
+def weight_gradient_kernel(
+    source,
+    upstream,
+    partial,
+    batch,
+    rows,
+    columns,
+    strips,
+    strip,
+    channels,
+    shifts,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """source, upstream [B, rows, columns, h] → partial [B · strips, K, K, h], kernel gradients.
+
+    One program sums one column shift of all K row shifts over a strip of `strip` rows of one image;
+    the strips are added up behind it, in a fixed order: the same bits every time, no atomics.
+    """
+    program = tl.program_id(0)
+    # Column shifts vary fastest: they read the same strip and find it in cache.
+    dx = program % shifts
+    program = program // shifts
+    blocks = tl.cdiv(channels, CHANNELS)
+    channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    program = program // blocks
+    image = (program // strips).to(tl.int64)
+    start = (program % strips) * strip
+    stop = tl.minimum(start + strip, rows)
+    inside = (channel < channels)[None, :]
+    source += image * rows * columns * channels
+    upstream += image * rows * columns * channels
+    row_stride = columns.to(tl.int64) * channels
+    totals = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * K
+    for left in range(0, columns, COLUMNS):
+        column = left + tl.arange(0, COLUMNS)
+        shifted = column + dx - K // 2
+        here = column[:, None] * channels + channel[None, :]
+        there = shifted[:, None] * channels + channel[None, :]
+        inside_here = (column < columns)[:, None] & inside
+        # A column outside of the result is zero in `lines`: only the source's own edge counts.
+        inside_there = ((shifted >= 0) & (shifted < columns))[:, None] & inside
+        for top in range(start, stop, ROWS):
+            lines = ()
+            for i in tl.static_range(ROWS):
+                y = top + i
+                mask = inside_here & (y < stop)
+                line = tl.load(upstream + y * row_stride + here, mask=mask, other=0.0)
+                lines = lines + (line.to(tl.float32),)
+            for i in tl.static_range(ROWS + K - 1):
+                y = top + i - K // 2
+                mask = inside_there & ((y >= 0) & (y < rows))
+                line = tl.load(source + y * row_stride + there, mask=mask, other=0.0).to(tl.float32)
+                sums = ()
+                for dy in tl.static_range(K):
+                    if (i >= dy) & (i < dy + ROWS):
+                        sums = sums + (totals[dy] + lines[i - dy] * line,)
+                    else:
+                        sums = sums + (totals[dy],)
+                totals = sums
+    partial += ((image * strips + program % strips) * K * K + dx) * channels
+    for dy in tl.static_range(K):
+        target = partial + dy * K * channels + channel
+        tl.store(target, tl.sum(totals[dy], axis=0), mask=channel < channels)

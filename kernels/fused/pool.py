@@ -1,0 +1,187 @@
+"""Adaptive average pooling of u to every lower level, its adjoint, and partial sums of x."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def window(index, size, pooled):
+    """Pooled index → first and last-but-one source index, as `adaptive_avg_pool2d` has them."""
+    return index * size // pooled, ((index + 1) * size + pooled - 1) // pooled
+
+
+@triton.jit
+def span(size, pooled):
+    """The widest window of a pooling from `size` to `pooled`."""
+    return tl.where(size % pooled == 0, size // pooled, tl.cdiv(size, pooled) + 1)
+
+
+@triton.jit
+def pool_line(
+    program,
+    u,
+    low,
+    height,
+    width,
+    rows,
+    columns,
+    channels,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """u [B, H, W, h] → COLUMNS pooled positions of one row of low [B, rows, columns, h]."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    across = tl.cdiv(columns, COLUMNS)
+    channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    program = program // blocks
+    column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
+    line = program // across  # image · rows + row
+    top, bottom = window(line % rows, height, rows)
+    left, right = window(column, width, columns)
+    inside = (column < columns)[:, None] & (channel < channels)[None, :]
+    row_stride = width.to(tl.int64) * channels
+    first = u + (line // rows) * height * row_stride
+    total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    for y in range(top, bottom):
+        source = first + y * row_stride
+        for step in range(span(width, columns)):
+            x = left + step
+            offsets = x[:, None] * channels + channel[None, :]
+            mask = inside & (x < right)[:, None]
+            total += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
+    area = ((bottom - top) * (right - left)).to(tl.float32)
+    offsets = column[:, None] * channels + channel[None, :]
+    target = low + line.to(tl.int64) * columns * channels + offsets
+    tl.store(target, (total / area[:, None]).to(low.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_chunk(
+    program, x, partial, tokens, chunk, chunks, dim, TOKENS: tl.constexpr, SUMS: tl.constexpr
+):
+    """x [B, tokens, C] → partial [B, chunks, C]: one chunk's sum over tokens, in fp32."""
+    blocks = tl.cdiv(dim, SUMS)
+    channel = (program % blocks) * SUMS + tl.arange(0, SUMS)
+    program = program // blocks
+    image, start = program // chunks, (program % chunks) * chunk
+    stop = tl.minimum(start + chunk, tokens)
+    line = tl.arange(0, TOKENS)
+    offsets = line[:, None] * dim + channel[None, :]
+    source = x + (image.to(tl.int64) * tokens + start) * dim
+    total = tl.zeros((TOKENS, SUMS), tl.float32)
+    for token in range(start, stop, TOKENS):
+        mask = (token + line < stop)[:, None] & (channel < dim)[None, :]
+        total += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
+        source += TOKENS * dim
+    target = partial + (image * chunks + program % chunks) * dim + channel
+    tl.store(target, tl.sum(total, axis=0), mask=channel < dim)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("batch", "height", "width", "height1", "width1", "height2", "width2"),
+        *("first2", "first_mean", "chunk", "chunks"),
+    ]
+)
+def pool_kernel(
+    u,
+    low,
+    x,
+    partial,
+    batch,
+    height,
+    width,
+    height1,
+    width1,
+    height2,
+    width2,
+    first2,
+    first_mean,
+    channels,
+    dim,
+    chunk,
+    chunks,
+    LEVELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """u [B, H, W, h] → low, levels 1 and 2 behind each other; x [B, H, W, C] → partial sums."""
+    program = tl.program_id(0)
+    if program >= first_mean:
+        tokens = height * width
+        sum_chunk(program - first_mean, x, partial, tokens, chunk, chunks, dim, TOKENS, SUMS)
+    elif LEVELS > 1:
+        target, rows, columns, first = low, height1, width1, 0
+        if LEVELS > 2:
+            if program >= first2:
+                target = low + batch.to(tl.int64) * height1 * width1 * channels
+                rows, columns, first = height2, width2, first2
+        pool_line(
+            program - first, u, target, height, width, rows, columns, channels, COLUMNS, CHANNELS
+        )
+
+
+@triton.jit
+def spread(total, low, image, y, x, height, width, rows, columns, channel, inside, channels):
+    """Adds to total [COLUMNS, CHANNELS] what the pooled gradients `low` give position (y, x)."""
+    top = y * rows // height
+    left = x * columns // width
+    # Windows overlap by at most one position on either side where sizes do not divide.
+    for down in range(2):
+        i = top + down
+        first_y, last_y = window(i, height, rows)
+        row_counts = (i < rows) & (first_y <= y) & (y < last_y)
+        for right in range(2):
+            j = left + right
+            first_x, last_x = window(j, width, columns)
+            counts = row_counts & (j < columns) & (first_x <= x) & (x < last_x)
+            area = ((last_y - first_y) * (last_x - first_x)).to(tl.float32)
+            position = ((image * rows + i) * columns + j).to(tl.int64)
+            source = low + position[:, None] * channels + channel[None, :]
+            value = tl.load(source, mask=inside & counts[:, None], other=0.0).to(tl.float32)
+            total += value / area[:, None]
+    return total
+
+
+@triton.jit(
+    do_not_specialize=["batch", "height", "width", "height1", "width1", "height2", "width2"]
+)
+def unpool_kernel(
+    low,
+    gradient,
+    batch,
+    height,
+    width,
+    height1,
+    width1,
+    height2,
+    width2,
+    channels,
+    LEVELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The adjoint of `pool_kernel`: gradient [B, H, W, h] += what low's gradients spread."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(channels, CHANNELS)
+    across = tl.cdiv(width, COLUMNS)
+    channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    program = program // blocks
+    x = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
+    line = program // across
+    image, y = (line // height).to(tl.int64), line % height
+    inside = (x < width)[:, None] & (channel < channels)[None, :]
+    offsets = x[:, None] * channels + channel[None, :]
+    target = gradient + line.to(tl.int64) * width * channels + offsets
+    total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    total = spread(
+        total, low, image, y, x, height, width, height1, width1, channel, inside, channels
+    )
+    if LEVELS > 2:
+        low += batch.to(tl.int64) * height1 * width1 * channels
+        total = spread(
+            total, low, image, y, x, height, width, height2, width2, channel, inside, channels
+        )
+    tl.store(target, total.to(gradient.dtype.element_ty), mask=inside)

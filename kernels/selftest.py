@@ -1,0 +1,122 @@
+"""`python -m comfyui_deltaconv.kernels.selftest`: may the ops be trusted on this device?
+
+Every dtype and kernel size is compared with the float64 definition and allowed what torch's own
+operators lose in that dtype. Ends within its time limit and says what it did not get to.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import dispatch
+from .accuracy import Case, forward_errors, gradient_errors, make_inputs
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_SIZES = (3, 5, 7, 9, 11, 13, 15, 17)
+SECONDS = 30.0
+
+
+class Verdict(NamedTuple):
+    """One dtype and kernel size; `trusted` None: there was no time for it."""
+
+    dtype: torch.dtype
+    kernel_size: int
+    implementation: str
+    trusted: bool | None
+    reason: str
+
+    def __str__(self) -> str:
+        word = {True: "ok", False: "DO NOT TRUST", None: "not tested"}[self.trusted]
+        name = str(self.dtype).removeprefix("torch.")
+        line = f"{name:<9} k={self.kernel_size:<3} {self.implementation:<7} {word}"
+        return f"{line}: {self.reason}" if self.reason else line
+
+
+def self_test(
+    device: torch.device | str,
+    seconds: float = SECONDS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Verdict]:
+    """A verdict per kernel size and dtype, forward and backward, as they come.
+
+    `progress(done, total)` is called behind each and may raise to stop.
+    """
+    device = torch.device(device)
+    deadline = time.monotonic() + seconds
+    plan = [(size, dtype) for size in KERNEL_SIZES for dtype in DTYPES]
+    for done, (size, dtype) in enumerate(plan):
+        if time.monotonic() > deadline:
+            yield Verdict(dtype, size, "", None, f"the {seconds:.0f} s were over")
+        else:
+            yield _verdict(device, dtype, size)
+        if progress is not None:
+            progress(done + 1, len(plan))
+
+
+def _verdict(device: torch.device, dtype: torch.dtype, size: int) -> Verdict:
+    # Ragged on purpose: odd sides, two images, a row of tiles that is not full.
+    gate = "sigmoid" if size in (5, 13) else "scaled"
+    case = Case(2, 23, 37, 64, size, gate=gate)
+    implementation = ""
+    try:
+        # Nodes run in inference mode, where no gradient can be recorded.
+        with torch.inference_mode(False), torch.enable_grad():
+            errors = forward_errors(case, dtype, device)
+            errors += gradient_errors(case._replace(batch=1, height=11), dtype, device)
+        implementation = implementation_of(case, dtype, device)
+    except Exception as error:
+        # Whatever a driver or a compiler raises is the user's answer, not a crash.
+        return Verdict(dtype, size, implementation, False, f"{type(error).__name__}: {error}")
+    bad = [
+        f"{name} is off by {ours.worst:.1e}, torch's own operators by {own.worst:.1e}"
+        for name, ours, own in errors
+        if not ours.within(own, dtype)
+    ]
+    return Verdict(dtype, size, implementation, not bad, "; ".join(bad))
+
+
+def implementation_of(case: Case, dtype: torch.dtype, device: torch.device | str) -> str:
+    """`triton` or `torch`: what the public ops run at this case."""
+    inputs = make_inputs(case._replace(batch=1), dtype, device)
+    request = dispatch.request_of(inputs[1], inputs[6:], case.scales)
+    return "triton" if dispatch.uses_triton(request, dispatch.forced()) else "torch"
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch finds, or the CPU."""
+    for name in ("cuda", "xpu", "mps"):
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available():
+            return torch.device(name)
+    return torch.device("cpu")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="selftest", description=__doc__)
+    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU without one")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    options = parser.parse_args(argv)
+    device = torch.device(options.device) if options.device else default_device()
+    print(f"ΔConv self-test on {device_name(device)}, torch {torch.__version__}")
+    wrong = 0
+    for verdict in self_test(device, options.seconds):
+        wrong += verdict.trusted is False
+        print(verdict, flush=True)
+    print("Some results are wrong: set DELTACONV_KERNELS=torch." if wrong else "No wrong results.")
+    return 1 if wrong else 0
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    module = getattr(torch, device.type, None)
+    if device.type in ("cuda", "xpu"):
+        return module.get_device_name(device)
+    return device.type.upper()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

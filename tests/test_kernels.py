@@ -1,0 +1,231 @@
+"""The ops out of torch's operators, the choice between implementations, and what torch sees."""
+
+import logging
+import re
+
+import pytest
+import torch
+from comfyui_deltaconv import kernels
+from comfyui_deltaconv.deltaconv import DeltaConvBlock
+from comfyui_deltaconv.kernels import accuracy, dispatch, operators, selftest, torch_forms
+from comfyui_deltaconv.kernels.accuracy import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.fixture(autouse=True)
+def unforced(monkeypatch):
+    """Every test starts with no choice made and nothing said."""
+    monkeypatch.delenv("DELTACONV_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_refused", {})
+    dispatch.uses_triton.cache_clear()
+    dispatch.triton_problem.cache_clear()
+    yield
+    dispatch.uses_triton.cache_clear()
+    dispatch.triton_problem.cache_clear()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    dim=st.sampled_from([4, 12, 32, 64]),
+    kernel_size=st.sampled_from([1, 3, 7, 11, 17]),
+    scales=st.sampled_from([(1.0,), (1.0, 0.5), (1.0, 0.5, 1 / 3), (0.5,), (0.5, 1.0, 0.25, 0.9)]),
+    gate=st.sampled_from(["scaled", "sigmoid"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_torch_forms_meet_the_definition(dtype, **shape):
+    for name, ours, own in accuracy.forward_errors(Case(**shape), dtype, "cpu"):
+        assert ours.within(own, dtype), f"{name}: {ours}, torch's own {own}"
+
+
+@pytest.mark.parametrize(
+    "scales, gate", [((1.0, 0.5, 1 / 3), "sigmoid"), ((1.0,), "scaled"), ((0.3,), "scaled")], ids=str
+)
+def test_gradients_of_the_operators(scales, gate):
+    case = Case(1, 4, 3, 8, 3, scales, gate)
+    x, u, *rest = (t.requires_grad_() for t in accuracy.make_inputs(case, torch.float64, "cpu"))
+    linear, weights = rest[:4], rest[4:]
+
+    def pyramid(u, *weights):
+        return operators.gated_pyramid(u, list(weights), list(scales), gate)
+
+    def projection(x, u, *tensors):
+        return operators.pyramid_projection(
+            x, u, list(tensors[4:]), list(scales), gate, *tensors[:4]
+        )
+
+    assert torch.autograd.gradcheck(pyramid, (u, *weights))
+    assert torch.autograd.gradcheck(projection, (x, u, *linear, *weights))
+
+
+def test_torch_accepts_the_operators():
+    case = Case(2, 5, 4, 8, 3)
+    x, u, *rest = (t.requires_grad_() for t in accuracy.make_inputs(case, torch.float32, "cpu"))
+    arguments = (rest[4:], list(case.scales), case.gate)
+    torch.library.opcheck(torch.ops.deltaconv.gated_pyramid.default, (u, *arguments))
+    arguments = (x, u, *arguments, *rest[:4])
+    torch.library.opcheck(torch.ops.deltaconv.pyramid_projection.default, arguments)
+
+
+def test_compiling_sees_one_operator_and_no_break():
+    block = DeltaConvBlock(16, 3)
+    x = torch.randn(2, 7, 5, 16)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(block, backend=keep, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), block(x))
+    (graph,) = graphs
+    ops = [node for node in graph.graph.nodes if "deltaconv" in str(node.target)]
+    assert [str(node.target) for node in ops] == ["deltaconv.pyramid_projection.default"]
+
+
+def test_a_compiled_block_trains():
+    block = DeltaConvBlock(16, 3, gate="sigmoid")
+    x = torch.randn(2, 7, 5, 16)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for function in (block, compiled):
+        function(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in block.parameters()])
+        block.zero_grad()
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def lent_nothing(linears, like):
+    from contextlib import nullcontext
+
+    return nullcontext(None)
+
+
+class Called:
+    """Operations whose Linears lend nothing, as a host's that must be called."""
+
+    Linear = torch.nn.Linear
+    lend = staticmethod(lent_nothing)
+
+
+@pytest.mark.parametrize("gate", kernels.GATES)
+def test_a_block_whose_linears_must_be_called_is_the_same_block(gate):
+    block = DeltaConvBlock(16, 3, gate=gate)
+    called = DeltaConvBlock(16, 3, gate=gate, operations=Called)
+    called.load_state_dict(block.state_dict())
+    x = torch.randn(2, 6, 5, 16)
+    torch.testing.assert_close(called(x), block(x))
+
+
+def test_a_hooked_linear_is_called():
+    block = DeltaConvBlock(8, 3)
+    seen = []
+    block.conv_out.register_forward_hook(lambda *_: seen.append(1))
+    block(torch.randn(1, 4, 4, 8))
+    assert seen
+
+
+def request(**changes):
+    fields = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "height": 8,
+        "width": 8,
+        "channels": 8,
+        "kernel_size": 3,
+        "scales": (1.0, 0.5),
+    }
+    return dispatch.Request(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, "on the CPU"),
+        ({"dtype": torch.float64}, "not torch.float64"),
+        ({"kernel_size": 19}, "at most 17 wide, got kernel_size=19"),
+        ({"scales": (0.5,)}, r"got scales=(0.5,)"),
+        ({"scales": (1.0, 0.5, 0.4, 0.3)}, "up to two smaller ones"),
+        ({"height": 40000}, "got height=40000"),
+    ],
+)
+def test_reasons_name_what_is_in_the_way(changes, reason):
+    pytest.importorskip("triton", reason="without Triton its absence is the only reason")
+    reasons = dispatch.reasons_against_triton(request(**changes))
+    assert any(reason in sentence for sentence in reasons)
+    if changes:
+        # All reasons at once, not one per attempt.
+        assert len(reasons) == 2
+
+
+def test_the_reason_is_logged_once(caplog):
+    inputs = accuracy.make_inputs(Case(1, 4, 4, 8, 3), torch.float32, "cpu")
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            kernels.gated_pyramid(inputs[1], inputs[6:], (1.0, 0.5), "scaled")
+        kernels.gated_pyramid(inputs[1][:, :3], inputs[6:], (1.0, 0.5), "scaled")
+    said = [record.getMessage() for record in caplog.records if "ΔConv" in record.getMessage()]
+    assert len(said) == 1 and "torch operators run, not Triton" in said[0]
+
+
+def test_forced_and_impossible_is_an_error(monkeypatch):
+    inputs = accuracy.make_inputs(Case(1, 4, 4, 8, 3), torch.float64, "cpu")
+    monkeypatch.setenv("DELTACONV_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match=r"DELTACONV_KERNELS=triton, but .*Unset it"):
+        kernels.gated_pyramid(inputs[1], inputs[6:], (1.0, 0.5), "scaled")
+    monkeypatch.setenv("DELTACONV_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="to be torch or triton, got 'cuda'"):
+        kernels.gated_pyramid(inputs[1], inputs[6:], (1.0, 0.5), "scaled")
+    monkeypatch.setenv("DELTACONV_KERNELS", "torch")
+    assert kernels.gated_pyramid(inputs[1], inputs[6:], (1.0, 0.5), "scaled").isfinite().all()
+
+
+def test_everything_that_does_not_fit_is_said_before_anything_runs():
+    u, weight = torch.randn(1, 4, 4, 8), torch.randn(3, 3, 8)
+    wrong = [torch.randn(3, 3, 6), weight.half()]
+    with pytest.raises(ValueError) as error:
+        kernels.gated_pyramid(u, [weight, *wrong], (1.0, 0.5), "soft")
+    message = str(error.value)
+    for part in ("gate='soft'", "got 3 for scales", r"got [3, 3, 6]", "cast it first"):
+        assert part in message
+
+
+def test_half_precision_runs_in_single_on_a_cpu():
+    # Without this a CPU needs a hundred times as long for the same map.
+    x, weight = torch.randn(1, 6, 4, 5).half(), torch.randn(3, 3, 6).half()
+    exact = torch_forms.depthwise(x.double(), weight.double())
+    assert torch.equal(torch_forms.depthwise(x, weight), exact.half())
+
+
+def test_error_budget_sees_what_is_wrong():
+    own, dtype = accuracy.Error(1e-3, 3e-3), torch.float16
+    assert accuracy.Error(1e-3, 3e-3).within(own, dtype)
+    assert not accuracy.Error(2e-3, 3e-3).within(own, dtype)
+    assert not accuracy.Error(1e-3, 8e-3).within(own, dtype)
+    nan = accuracy.distance(torch.tensor([1.0, float("nan")]), torch.ones(2).double())
+    assert not nan.within(own, dtype)
+
+
+def test_self_test_trusts_torch_and_stops_in_time(monkeypatch):
+    monkeypatch.setattr(selftest, "KERNEL_SIZES", (3, 17))
+    verdicts = list(selftest.self_test("cpu", seconds=1000))
+    assert len(verdicts) == len(selftest.DTYPES) * len(selftest.KERNEL_SIZES)
+    assert all(verdict.trusted for verdict in verdicts), [str(v) for v in verdicts]
+    assert {verdict.implementation for verdict in verdicts} == {"torch"}
+    assert {verdict.trusted for verdict in selftest.self_test("cpu", seconds=-1)} == {None}
+
+
+def test_self_test_says_what_is_wrong(monkeypatch):
+    def broken(u, weights, scales, gate):
+        return torch_forms.gated_pyramid(u, weights, scales, gate) * 1.01
+
+    monkeypatch.setattr(accuracy, "gated_pyramid", broken)
+    verdict = next(selftest.self_test("cpu"))
+    assert verdict.trusted is False
+    assert re.search(r"DO NOT TRUST: pyramid is off by \S+, torch's own", str(verdict))

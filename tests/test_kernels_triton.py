@@ -1,0 +1,218 @@
+"""The Triton kernels against the float64 definition: on a GPU, or in Triton's interpreter."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_deltaconv import kernels
+from comfyui_deltaconv.kernels import accuracy, dispatch
+from comfyui_deltaconv.kernels.accuracy import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HAS_GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+DEVICE = "cpu" if not HAS_GPU else "cuda" if torch.cuda.is_available() else "xpu"
+# The interpreter truncates bf16 where hardware rounds.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_GPU
+
+if not HAS_GPU:
+    # What is decorated while this is set is interpreted; no other test, and no server, inherits it.
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton", reason="Triton is not installed for this system")
+from comfyui_deltaconv.kernels.fused import backward, forward, plan  # noqa: E402
+from comfyui_deltaconv.kernels.fused.project import project_kernel  # noqa: E402
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch):
+    """Triton or an error: no test here may pass on torch's operators."""
+    monkeypatch.setenv("DELTACONV_KERNELS", "triton")
+    if not HAS_GPU:
+        from triton.runtime.interpreter import interpreter_builder
+
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        # Half of the interpreter's time goes into watching small integers not overflow.
+        quick = replace(interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter_builder, "options", quick)
+    for cached in (dispatch.uses_triton, dispatch.triton_problem):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch.uses_triton, dispatch.triton_problem):
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that torch.empty hands out is full of NaN: what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_within_budget(errors, dtype):
+    for name, ours, own in errors:
+        assert ours.within(own, dtype), f"{name}: {ours}, torch's own {own}"
+
+
+FORWARD = {
+    "one position": Case(1, 1, 1, 16, 3),
+    "one position, large kernel": Case(2, 1, 1, 8, 7, gate="sigmoid"),
+    "ragged": Case(2, 7, 13, 32, 5),
+    "batch 5": Case(5, 3, 5, 8, 3, gate="sigmoid"),
+    "kernel larger than the map": Case(1, 4, 3, 16, 11),
+    "kernel 17": Case(1, 2, 5, 8, 17),
+    "kernel 1": Case(1, 5, 4, 8, 1),
+    "one row": Case(1, 1, 70, 16, 3),
+    "one column": Case(1, 21, 1, 16, 3),
+    "three scales": Case(1, 9, 7, 16, 3, (1.0, 0.5, 1 / 3)),
+    "three scales, sigmoid": Case(2, 6, 11, 16, 3, (1.0, 0.5, 1 / 3), "sigmoid"),
+    "one scale": Case(2, 6, 5, 16, 3, (1.0,)),
+    "uneven scales": Case(1, 7, 9, 8, 3, (1.0, 0.7, 0.3)),
+    "channels that fill no block": Case(1, 5, 6, 20, 3),
+    "fewest channels": Case(1, 6, 5, 4, 3),
+    "several channel blocks": Case(1, 3, 4, 192, 3),
+}
+
+
+# In the interpreter both dtypes take the same path but for loads, stores and the projection.
+BOTH = {"ragged", "three scales", "one scale", "channels that fill no block", "one position"}
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(n, d) for n in FORWARD for d in DTYPES if HAS_GPU or d is torch.float32 or n in BOTH],
+    ids=str,
+)
+def test_forward(name, dtype):
+    case = FORWARD[name]
+    assert_within_budget(accuracy.forward_errors(case, dtype, DEVICE), dtype)
+
+
+BACKWARD = {
+    "ragged": (Case(2, 7, 9, 16, 5), torch.float32),
+    "sigmoid, kernel larger than the map": (Case(1, 4, 3, 8, 7, gate="sigmoid"), torch.float32),
+    "three scales": (Case(1, 7, 6, 8, 3, (1.0, 0.5, 1 / 3)), torch.float16),
+    "one scale": (Case(2, 5, 4, 8, 3, (1.0,), "sigmoid"), torch.float16),
+    "one position": (Case(1, 1, 1, 8, 3), torch.float32),
+    "long and narrow": (Case(1, 17, 2, 8, 3), torch.float32),
+}
+
+
+@pytest.mark.parametrize("case, dtype", BACKWARD.values(), ids=BACKWARD)
+def test_gradients(case, dtype):
+    assert_within_budget(accuracy.gradient_errors(case, dtype, DEVICE), dtype)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 2),
+    height=st.integers(1, 9),
+    width=st.integers(1, 36),
+    dim=st.sampled_from([4, 8, 12, 24]),
+    kernel_size=st.sampled_from([1, 3, 5]),
+    scales=st.sampled_from([(1.0,), (1.0, 0.5), (1.0, 0.5, 1 / 3), (1.0, 0.9)]),
+    gate=st.sampled_from(["scaled", "sigmoid"]),
+)
+def test_forward_at_any_shape(**shape):
+    errors = accuracy.forward_errors(Case(**shape), torch.float32, DEVICE)
+    assert_within_budget(errors, torch.float32)
+
+
+def test_gradients_are_the_same_bits_every_time():
+    case = Case(1, 9, 3, 8, 1)
+
+    def gradients():
+        inputs = [t.requires_grad_() for t in accuracy.make_inputs(case, torch.float32, DEVICE)]
+        return torch.autograd.grad(accuracy.project(case, inputs).sum(), inputs)
+
+    assert all(map(torch.equal, gradients(), gradients()))
+
+
+def test_inputs_need_not_be_contiguous_or_aligned():
+    case = Case(2, 5, 6, 8, 3)
+    inputs = accuracy.make_inputs(case, torch.float32, DEVICE)
+    expected = accuracy.project(case, inputs)
+    turned = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in inputs]
+    assert not turned[0].is_contiguous()
+    assert torch.equal(accuracy.project(case, turned), expected)
+    shifted = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in inputs]
+    assert shifted[0].data_ptr() % 16
+    assert torch.equal(accuracy.project(case, shifted), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner, dim", [(64, 80), (20, 24)])
+def test_projection_adds_the_context_of_its_own_image(inner, dim, dtype):
+    batch, tokens = 2, 70
+    normal = torch.Generator().manual_seed(0)
+    pyramid = torch.randn(batch, tokens, inner, generator=normal).to(dtype).to(DEVICE)
+    weight = torch.randn(dim, inner, generator=normal).to(dtype).to(DEVICE)
+    context = torch.randn(batch, dim, generator=normal).to(DEVICE)
+    out = torch.empty(batch, tokens, dim, dtype=dtype, device=DEVICE)
+    plan.plan_projection(batch, tokens, inner, dim)(pyramid, weight, context, out)
+    exact = pyramid.double() @ weight.double().t() + context.double()[:, None]
+    own = (pyramid @ weight.t() + context[:, None].to(dtype)).to(dtype)
+    assert accuracy.distance(out, exact.cpu()).within(accuracy.distance(own, exact.cpu()), dtype)
+    assert project_kernel is not None
+
+
+def test_bare_launches_refuse_to_lose_a_gradient():
+    case = Case(1, 3, 3, 8, 3)
+    inputs = accuracy.make_inputs(case, torch.float32, DEVICE)
+    inputs[6].requires_grad_()
+    with pytest.raises(RuntimeError, match="kernels"):
+        accuracy.project(case, inputs, forward.pyramid_projection)
+    with pytest.raises(RuntimeError, match="kernels"):
+        forward.gated_pyramid(inputs[1], inputs[6:], case.scales, case.gate)
+    assert backward is not None
+
+
+def test_float64_is_refused_when_triton_is_forced():
+    inputs = accuracy.make_inputs(Case(1, 3, 3, 8, 3), torch.float64, DEVICE)
+    with pytest.raises(RuntimeError, match=r"fp16, bf16 and fp32, not torch.float64"):
+        kernels.gated_pyramid(inputs[1], inputs[6:], (1.0, 0.5), "scaled")
+
+
+LARGE = {
+    "65 by 63": Case(3, 65, 63, 320, 9),
+    "512 by 3": Case(1, 512, 3, 64, 13, gate="sigmoid"),
+    "2048 by 2048": Case(1, 2048, 2048, 64, 7),
+    "SDXL": Case(2, 32, 32, 1280, 9),
+    "kernel 17": Case(2, 40, 56, 320, 17),
+}
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU: the interpreter takes minutes at these sizes")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_large_maps(case, dtype):
+    assert_within_budget(accuracy.forward_errors(case, dtype, DEVICE), dtype)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU with 24 GB: more than 2³¹ elements")
+def test_more_elements_than_32_bits_count():
+    # Two images whose results must agree bit for bit: the second lies beyond 2³¹ elements.
+    case = Case(1, 2048, 2048, 640, 3, (1.0,))
+    u = torch.randn(1, 2048, 2048, 320, dtype=torch.float16, device=DEVICE).expand(2, -1, -1, -1)
+    weights = accuracy.make_inputs(case, torch.float16, DEVICE)[6:]
+    with torch.no_grad():
+        result = kernels.gated_pyramid(u, weights, case.scales, case.gate)
+    assert torch.equal(result[0], result[1])
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU: CUDA graphs")
+def test_a_captured_graph_replays():
+    case = Case(2, 32, 32, 320, 7)
+    inputs = accuracy.make_inputs(case, torch.float16, DEVICE)
+    with torch.no_grad():
+        expected = accuracy.project(case, inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = accuracy.project(case, inputs)
+        result.zero_()
+        graph.replay()
+    assert torch.equal(result, expected)
