@@ -6,14 +6,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..deltaconv.locality_figure import picture
-from ..deltaconv.locality_html import report_html
-from ..deltaconv.locality_page import plot_model
 from ..deltaconv.locality_plan import SENSITIVITIES, LocalityPlan, parse_percents, parse_points
-from ..deltaconv.locality_plots import plot_every_step, plot_profiles
-from ..deltaconv.locality_text import report_text
 from .folders import output_folder
-from .locality_view import view_message
 from .types import CATEGORY, DeltaConv, Locality
 
 
@@ -121,6 +115,13 @@ class DeltaConvLocality(io.ComfyNode):
         window: int = 0,
         queries: int = 0,
     ) -> io.NodeOutput:
+        # Imported here: plots and pages are none of what starting ComfyUI should wait for.
+        from ..deltaconv.locality_figure import picture
+        from ..deltaconv.locality_page import plot_model
+        from ..deltaconv.locality_plots import plot_every_step, plot_profiles
+        from ..deltaconv.locality_text import report_text
+        from .locality_view import view_message
+
         plan = LocalityPlan(
             parse_percents(percents),
             parse_points(points),
@@ -175,6 +176,8 @@ class DeltaConvSaveLocality(io.ComfyNode):
 
     @classmethod
     def execute(cls, report, filename_prefix: str) -> io.NodeOutput:
+        from ..deltaconv.locality_html import report_html
+
         base = output_folder()
         os.makedirs(base, exist_ok=True)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(

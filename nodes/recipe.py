@@ -2,8 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..deltaconv.locality_figure import picture
-from ..deltaconv.locality_page import plot_cost
 from ..deltaconv.recipe import PRESETS, make_recipe, parse_recipe
 from .types import CATEGORY, Locality, Recipe
 
@@ -62,6 +60,9 @@ class DeltaConvRecipe(io.ComfyNode):
     def execute(
         cls, report, preset: str = "measured", computation: float = 0.5, text: str = ""
     ) -> io.NodeOutput:
+        from ..deltaconv.locality_figure import picture
+        from ..deltaconv.locality_page import plot_cost
+
         if text.strip():
             recipe = parse_recipe(text, report.sites)
         else:
