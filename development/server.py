@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -140,19 +139,19 @@ def _free_port(wanted: int | None) -> int:
 
 
 def _link(source: Path, link: Path) -> None:
-    """Show the repository at `link`; copied where the system has no links for us."""
-    if link.exists():
-        return
+    """Show the repository at `link`; a pack that really lies there stays."""
     if os.name == "nt":
         import _winapi
 
-        with contextlib.suppress(OSError):
+        # Junctions need no rights, unlike Windows' symbolic links.
+        if not link.exists():
             _winapi.CreateJunction(str(source), str(link))
-            return
-        unwanted = shutil.ignore_patterns(".venv", ".git", "tests", "output", "__pycache__")
-        shutil.copytree(source, link, ignore=unwanted)
         return
-    link.symlink_to(source, target_is_directory=True)
+    if link.is_symlink():
+        # Perhaps of a clone that was moved or is another.
+        link.unlink()
+    if not link.exists():
+        link.symlink_to(source, target_is_directory=True)
 
 
 def _wait_until_up(server: Server, tree: Path) -> None:

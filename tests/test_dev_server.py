@@ -12,7 +12,7 @@ import pytest
 from comfyui_deltaconv.development import ROOT, DevelopmentError
 from comfyui_deltaconv.development.client import PromptFailed, PromptRefused
 from comfyui_deltaconv.development.demo import Graph
-from comfyui_deltaconv.development.server import running
+from comfyui_deltaconv.development.server import _link, running
 
 
 def processes_with(text):
@@ -115,3 +115,15 @@ def test_serve_leaves_nothing_behind(comfyui_tree, tmp_path, monkeypatch, stop):
     while processes_with(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_with(str(tmp_path)) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links are made another way on Windows")
+def test_a_link_to_a_moved_clone_is_mended_and_a_real_pack_stays(tmp_path):
+    link = tmp_path / "deltaconv"
+    link.symlink_to(tmp_path / "moved away")
+    _link(ROOT, link)
+    assert link.resolve() == ROOT
+    real = tmp_path / "real"
+    real.mkdir()
+    _link(ROOT, real)
+    assert not real.is_symlink() and list(real.iterdir()) == []
