@@ -25,6 +25,8 @@ class DeltaConvLocality(io.ComfyNode):
             "what it would cost to cut it to a window or to replace it. The model's output is not "
             "changed.",
             search_aliases=["attention map", "attention visualization", "receptive field"],
+            # So that its view is filled again where nothing has to run anew.
+            is_output_node=True,
             inputs=[
                 io.Model.Input("model"),
                 io.Conditioning.Input("positive"),

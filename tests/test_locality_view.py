@@ -93,7 +93,7 @@ def test_clicking_a_point_shows_its_attention_in_every_map(page, short):
         page,
         """const node = app.graph.nodes.find(node => node.type === arguments[0]);
         app.canvas.ds.scale = 1;
-        app.canvas.ds.offset = [120 - node.pos[0], 60 - node.pos[1]];
+        app.canvas.ds.offset = [120 - node.pos[0], -200 - node.pos[1]];
         app.canvas.setDirty(true, true);
         await app.queuePrompt(0);""",
         MEASURED,

@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const NODE = "DeltaConvLocality";
-const SIDE = 150;
+const SIDE = 120;
 
 const STYLE = `
 .deltaconv-view { display: flex; flex-direction: column; gap: 6px; padding: 6px; overflow: auto;
@@ -15,7 +15,8 @@ const STYLE = `
 .deltaconv-view canvas { display: block; border-radius: 3px; image-rendering: pixelated; }
 .deltaconv-view canvas.pick { cursor: crosshair; }
 .deltaconv-view canvas.pick:focus-visible { outline: 2px solid #D55E00; }
-.deltaconv-view button { align-self: start; cursor: pointer; }
+.deltaconv-view .bar { display: flex; gap: 10px; align-items: center; }
+.deltaconv-view button { cursor: pointer; }
 `;
 
 function element(tag, properties = {}, ...children) {
@@ -91,12 +92,13 @@ class LocalityView {
       return panel(maps, map.height, map.width, `${map.width}×${map.height}, ${layers}`, "map");
     });
     this.label = element("span");
-    const add = element("button", { textContent: "Add this point to the node's points" });
+    const add = element("button", { textContent: "Add to points" });
     add.addEventListener("click", () => this.add());
     const scale = element("span", {
       textContent: `Colours from ${view.low}× (dark) to ${view.high}× (bright) of uniform attention.`,
     });
-    this.root.replaceChildren(maps, this.label, scale, add);
+    const bar = element("div", { className: "bar" }, this.label, add);
+    this.root.replaceChildren(bar, maps, scale);
     this.pick(...this.point);
   }
 
