@@ -1,0 +1,1 @@
+"""What `kernels.bench` measures: rows, contenders and the way they are timed."""

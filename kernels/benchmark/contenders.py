@@ -1,0 +1,143 @@
+"""What is compared: self-attention, LinFusion's attention, and the ΔConvBlock in four ways.
+
+Every contender is a function x [B, N, C] → [B, N, C] with random weights of its own; beside it
+stands the same function in float64, so that a wrong one is caught before it is timed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import pyramid_projection, pyramid_projection_definition
+from ..accuracy import Case, make_inputs
+from ..gated_pyramid import apply_gate, pooled_size
+from .rows import SCALES, Row
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Contender(NamedTuple):
+    """`run` is timed; `exact`, in float64, is what it should give; `tensors` are its weights."""
+
+    run: Function
+    exact: Function
+    tensors: list[torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Self-attention as ComfyUI calls it: three projections, SDPA over heads, one projection."""
+
+    def __init__(self, row: Row):
+        super().__init__()
+        self.heads = row.heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(row.dim, row.dim, bias=False) for _ in "qkv")
+        self.to_out = nn.Linear(row.dim, row.dim)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (self.split(linear(x)) for linear in (self.to_q, self.to_k, self.to_v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class LinFusion(Attention):
+    """LinFusion's linear attention, from its formula: q·(kᵀv/n) / (q·mean(k) + 1e-4)."""
+
+    def __init__(self, row: Row):
+        super().__init__(row)
+        self.add_q, self.add_k = (
+            nn.Sequential(
+                nn.Linear(row.dim, row.linfusion),
+                nn.LayerNorm(row.linfusion),
+                nn.LeakyReLU(0.01),
+                nn.Linear(row.linfusion, row.dim),
+            )
+            for _ in "qk"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = F.elu(self.split(self.to_q(x + self.add_q(x)))) + 1
+        k = F.elu(self.split(self.to_k(x + self.add_k(x)))) + 1
+        v = self.split(self.to_v(x))
+        weighted = q @ (k.transpose(2, 3) @ (v / x.shape[1]))
+        out = weighted / (q @ k.mean(dim=2, keepdim=True).transpose(2, 3) + 1e-4)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def _module(make, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
+    torch.manual_seed(0)
+    module = make(row).to(device, dtype)
+    exact = make(row).double()
+    exact.load_state_dict({name: t.cpu().double() for name, t in module.state_dict().items()})
+    return Contender(module, exact, list(module.parameters()))
+
+
+def from_torch(channels_last: bool):
+    """The block out of torch's operators, on NHWC or on NCHW memory."""
+
+    def gated_pyramid(u, weights, scales, gate):
+        size = u.shape[1:3]
+        x = u.movedim(-1, 1)
+        x = x if channels_last else x.contiguous()
+        pyramid = []
+        for weight, scale in zip(weights, scales, strict=True):
+            v = x if scale == 1 else F.adaptive_avg_pool2d(x, pooled_size(*size, scale))
+            kernel = weight.permute(2, 0, 1).unsqueeze(1).contiguous()
+            v = F.conv2d(v, kernel, padding=weight.shape[0] // 2, groups=x.shape[1])
+            v = apply_gate(v, gate)
+            if scale != 1:
+                v = F.interpolate(v, tuple(size), mode="bilinear", align_corners=False)
+            pyramid.append(v)
+        return torch.cat(pyramid, dim=1).movedim(1, -1)
+
+    return _projected(gated_pyramid)
+
+
+def _published(*arguments):
+    from .published import gated_pyramid
+
+    return _projected(gated_pyramid)(*arguments)
+
+
+def _projected(gated_pyramid):
+    def op(x, u, weights, scales, gate, out_weight, out_bias, pool_weight, pool_bias):
+        context = F.linear(x.mean(dim=(1, 2), keepdim=True), pool_weight, pool_bias)
+        return F.linear(gated_pyramid(u, weights, scales, gate), out_weight, out_bias) + context
+
+    return op
+
+
+def _block(op, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
+    case = Case(1, 1, 1, row.dim, row.kernel_size, SCALES, row.gate)
+    _, _, *tensors = make_inputs(case, dtype, device)
+    up = make_inputs(case._replace(dim=2 * row.dim), dtype, device, seed=1)[2]
+    # [2C, C] of another block serves as [h, C], and its first row as the bias.
+    tensors = [up[: row.dim // 2].contiguous(), up[0, : row.dim // 2].contiguous(), *tensors]
+
+    def function(op, tensors):
+        def run(x):
+            up_weight, up_bias, *linear = tensors[:6]
+            x = x.unflatten(1, (-1, round(x.shape[1] ** 0.5)))
+            u = F.linear(x, up_weight, up_bias)
+            return op(x, u, tensors[6:], SCALES, row.gate, *linear).flatten(1, 2)
+
+        return run
+
+    exact = [tensor.cpu().double() for tensor in tensors]
+    return Contender(function(op, tensors), function(pyramid_projection_definition, exact), tensors)
+
+
+CONTENDERS: dict[str, Callable[..., Contender]] = {
+    "attn1": lambda *a: _module(Attention, *a),
+    "linfus": lambda *a: _module(LinFusion, *a),
+    "pub": lambda *a: _block(_published, *a),
+    "nchw": lambda *a: _block(from_torch(channels_last=False), *a),
+    "nhwc": lambda *a: _block(from_torch(channels_last=True), *a),
+    "ours": lambda *a: _block(pyramid_projection, *a),
+}
+BLOCKS = ("pub", "nchw", "nhwc", "ours")

@@ -1,0 +1,117 @@
+"""Timing: interleaved repeats, medians with their spread, eager and as a replayed CUDA graph."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+# One sample repeats a call until this long has passed, so that a clock's tick does not count.
+SAMPLE_SECONDS = 0.003
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def once(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Seconds of one of `times` calls behind each other, by the device's clock where it has one."""
+    if device.type != "cuda":
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - start) / times
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000 / times
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Name → median and quartiles in seconds; every repeat runs all calls in turn."""
+    times = {}
+    for name, call in calls.items():
+        once(call, device)  # compiles, fills caches
+        times[name] = max(1, min(200, round(SAMPLE_SECONDS / max(once(call, device), 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            samples[name].append(once(call, device, times[name]))
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and count."""
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    return {"median": middle, "low": low, "high": high, "samples": len(values)}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """The call as a CUDA graph's replay: device time without a host in the way."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def extra_memory(call: Callable[[], torch.Tensor]) -> int:
+    """Bytes at the call's peak beyond what was there before and what it returns (CUDA)."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
+
+
+def saved_for_backward(call: Callable[[], torch.Tensor], owned: list[torch.Tensor]) -> int:
+    """Bytes that autograd keeps of one forward, without `owned`: the input and the weights."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+def copy_bandwidth(device: torch.device, repeats: int = 15) -> float:
+    """Bytes read and written per second by the device's own copy of a large tensor."""
+    size = 2**28 if device.type != "cpu" else 2**24
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, device, repeats)
+    return 2 * size / timing["copy"]["median"]
+
+
+def fp32_rate(device: torch.device) -> float | None:
+    """fp32 operations per second of the device's ordinary cores; None where it does not say."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    clock = getattr(properties, "clock_rate", 0)  # kHz
+    # Multiply-adds per clock and multiprocessor: 64 on A100 and on CDNA, 128 on their successors.
+    few = torch.version.hip is not None or (properties.major, properties.minor) == (8, 0)
+    return properties.multi_processor_count * (64 if few else 128) * 2 * clock * 1000 or None

@@ -1,0 +1,84 @@
+"""The shapes that are measured, how often each occurs in a model, and what bounds them."""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One self-attention site at one size: C channels, kernel k, a map of side² tokens."""
+
+    name: str
+    dim: int
+    kernel_size: int
+    side: int
+    heads: int
+    # Width of LinFusion's two small networks.
+    linfusion: int
+    gate: str = "scaled"
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2
+
+
+ROWS = (
+    Row("SD1.5 level 0", 320, 7, 64, 8, 320),
+    Row("SD1.5 level 0", 320, 7, 128, 8, 320),
+    Row("SD1.5 level 0 up", 320, 11, 256, 8, 320),
+    Row("SD1.5 level 0 up", 320, 11, 512, 8, 320),
+    Row("SD1.5 level 1", 640, 9, 32, 8, 640),
+    Row("SD1.5 level 2", 1280, 5, 16, 8, 1280),
+    Row("SDXL level 1", 640, 9, 64, 10, 40),
+    Row("SDXL level 1 up", 640, 13, 128, 10, 40),
+    Row("SDXL level 2", 1280, 9, 32, 20, 80),
+    Row("SDXL level 2", 1280, 9, 128, 20, 80),
+    Row("PixArt", 1152, 13, 32, 16, 80, "sigmoid"),
+    Row("PixArt", 1152, 13, 64, 16, 80, "sigmoid"),
+)
+# 256² to 16384² pixels of SD1.5, eight to a latent cell.
+SWEEP = tuple(
+    Row(f"{pixels}²", 320, 7, pixels // 8, 8, 320) for pixels in (256 << n for n in range(7))
+)
+# What a machine without a GPU can do in seconds; the demo model's sites.
+SMALL = (
+    Row("demo level 0", 64, 11, 64, 4, 64),
+    Row("demo level 1", 128, 9, 32, 4, 128),
+    Row("demo level 2", 128, 7, 16, 4, 128),
+)
+# (row, how often it occurs) of one UNet call.
+SD15_AT_512 = (
+    (Row("level 0 down", 320, 7, 64, 8, 320), 2),
+    (Row("level 0 up", 320, 11, 64, 8, 320), 3),
+    (Row("level 1", 640, 9, 32, 8, 640), 5),
+    (Row("level 2", 1280, 5, 16, 8, 1280), 5),
+    (Row("middle", 1280, 3, 8, 8, 1280), 1),
+)
+SDXL_AT_1024 = (
+    (Row("level 1 down", 640, 9, 64, 10, 40), 4),
+    (Row("level 1 up", 640, 13, 64, 10, 40), 6),
+    (Row("level 2 down", 1280, 7, 32, 20, 80), 20),
+    (Row("level 2 up, middle", 1280, 9, 32, 20, 80), 40),
+)
+MODELS = {"SD1.5 at 512²": SD15_AT_512, "SDXL at 1024²": SDXL_AT_1024}
+
+SCALES = (1.0, 0.5)
+
+
+def bytes_moved(row: Row, batch: int, itemsize: int) -> int:
+    """Bytes that any implementation of the block must move: x in, y out, the weights."""
+    inner, dim = row.dim // 2, row.dim
+    weights = dim * inner + dim * inner + dim * dim + 2 * row.kernel_size**2 * inner
+    return itemsize * (2 * batch * row.tokens * dim + weights)
+
+
+def depthwise_flops(row: Row, batch: int) -> float:
+    """Operations of the depthwise convolutions, which no matrix unit takes as they are."""
+    positions = row.tokens + (row.side // 2) ** 2
+    return 2.0 * batch * positions * row.kernel_size**2 * (row.dim // 2)
+
+
+def floors(row: Row, batch: int, itemsize: int, bandwidth: float, flops: float | None) -> dict:
+    """Seconds by memory (bytes/s `bandwidth`) and by arithmetic (fp32 operations/s `flops`)."""
+    return {
+        "memory": bytes_moved(row, batch, itemsize) / bandwidth,
+        "arithmetic": depthwise_flops(row, batch) / flops if flops else None,
+    }
