@@ -78,7 +78,7 @@ def is_complete(python: Path, releases: Sequence[Release]) -> bool:
 def _set_up(python: Path, releases: Sequence[Release], lock: int) -> None:
     print(f"Setting up {VENV} (the first time takes minutes; a second run finds it done).")
     version = _usable_venv(python)
-    pip = Pip(python, cache_folder() / "setup.log", keep_open=[lock])
+    pip = Pip(python, _state_file("log"), keep_open=[lock])
 
     tree = chosen_tree()
     if tree == NEWEST.tree:
