@@ -43,7 +43,9 @@ def test_torch_forms_meet_the_definition(dtype, **shape):
 
 
 @pytest.mark.parametrize(
-    "scales, gate", [((1.0, 0.5, 1 / 3), "sigmoid"), ((1.0,), "scaled"), ((0.3,), "scaled")], ids=str
+    "scales, gate",
+    [((1.0, 0.5, 1 / 3), "sigmoid"), ((1.0,), "scaled"), ((0.3,), "scaled")],
+    ids=str,
 )
 def test_gradients_of_the_operators(scales, gate):
     case = Case(1, 4, 3, 8, 3, scales, gate)
