@@ -171,7 +171,8 @@ def variants(family: str, patcher, dtype: torch.dtype) -> dict:
 
 
 def _of_node(output):
-    return output.result[0]
+    """The MODEL that a node of core gave: a NodeOutput, or from some a bare tuple."""
+    return getattr(output, "result", output)[0]
 
 
 @torch.inference_mode()

@@ -43,7 +43,7 @@ def test_torch_forms_meet_the_definition(dtype, **shape):
 
 
 @pytest.mark.parametrize(
-    ("scales", "gate"),
+    "scales, gate",
     [((1.0, 0.5, 1 / 3), "sigmoid"), ((1.0,), "scaled"), ((0.3,), "scaled")],
     ids=str,
 )
