@@ -19,12 +19,14 @@ from development.environment import ensure
 
 # To add a command: write development/<command>.py with `main(argv: list[str]) -> int`, add a line.
 COMMANDS = {
+    "bench": "time attention, its replacements and the ΔConvBlock on this machine",
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
     "distil": "distil the demo, or any checkpoint, into ΔConv weights",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
     "lint": "check style and formatting",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",
     "release": "say what still keeps this version from being published",
+    "selftest": "compare the kernels with their definition on this machine's device",
     "serve": "start ComfyUI with the pack loaded, for your browser",
     "test": "run the tests; --all adds the long tier, the rest goes to pytest",
 }

@@ -98,6 +98,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--locality", action="store_true", help="show where the first prompt's attention looks"
     )
+    parser.add_argument(
+        "--distil", action="store_true", help="distil the demo's blocks anew, in a few minutes"
+    )
     options = parser.parse_args(argv)
     if options.steps < 1:
         raise DevelopmentError(f"Expected --steps of 1 or more, got {options.steps}.")
@@ -105,6 +108,13 @@ def main(argv: list[str]) -> int:
     _name_unknown_words(options.prompts)
     if options.locality:
         draw_locality(options.prompts[0], options.output)
+        return 0
+    if options.distil:
+        from .distil import entered
+        from .distil_demo import distil_demo
+
+        with entered():
+            distil_demo(options.output)
         return 0
     tree, cpu = chosen_tree(), not has_accelerator()
 
