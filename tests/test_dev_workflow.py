@@ -153,7 +153,10 @@ def test_unknown_node_is_named(server, workflow):
         to_prompt(workflow, server.object_info())
 
 
-def test_template_browser_offers_it(server):
-    assert server.get("/api/workflow_templates")["deltaconv"] == [WORKFLOW.stem]
-    thumbnail = server.fetch(f"/api/workflow_templates/deltaconv/{WORKFLOW.stem}.jpg")
-    assert thumbnail == WORKFLOW.with_suffix(".jpg").read_bytes()
+def test_template_browser_offers_them(server):
+    workflows = sorted(WORKFLOW.parent.glob("*.json"))
+    offered = server.get("/api/workflow_templates")["deltaconv"]
+    assert sorted(offered) == [path.stem for path in workflows]
+    for path in workflows:
+        thumbnail = server.fetch(f"/api/workflow_templates/deltaconv/{path.stem}.jpg")
+        assert thumbnail == path.with_suffix(".jpg").read_bytes()
