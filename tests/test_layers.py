@@ -121,9 +121,10 @@ def test_importing_the_pack_is_quick_and_brings_nothing_heavy(comfyui_tree):
         f"ROOT = {str(ROOT)!r}{ENTER}"
         + """
 before = set(sys.modules)
-start = time.perf_counter()
+# The process's own time: what else the machine does is none of the pack's cost.
+start = time.process_time()
 nodes = load()
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = sorted({name.split(".")[0] for name in set(sys.modules) - before})
 print(json.dumps({"seconds": seconds, "nodes": nodes, "new": new}))
 """
