@@ -51,7 +51,7 @@ PIXART = {
 }
 MODELS = {
     "sd1": ("SD15", SD, (1, 77, 768), {}, torch.float32),
-    "sdxl": ("SDXL", SDXL, (1, 77, 2048), {"y": (1, 2816)}, torch.bfloat16),
+    "sdxl": ("SDXL", SDXL, (1, 77, 2048), {"y": (1, 2816)}, torch.float32),
     "pixart": ("PixArtSigma", PIXART, (1, 300, 4096), {}, torch.float32),
 }
 
