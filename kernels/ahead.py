@@ -43,8 +43,8 @@ class Report(NamedTuple):
     conversions: int
 
 
-def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
-    """The kernel of a plan's launch, specialised as a call with aligned tensors would do it."""
+def compiled_for(launch, dtype: torch.dtype, target: str):
+    """Triton's compiled kernel of a plan's launch, as a call with aligned tensors would have it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -66,13 +66,19 @@ def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
             signature[name], constants[name] = "constexpr", 1
         elif number % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    start = time.perf_counter()
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+    return compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+
+
+def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
+    """What a launch's kernel comes to."""
+    start = time.perf_counter()
+    compiled = compiled_for(launch, dtype, target)
     seconds = time.perf_counter() - start
     conversions = compiled.asm["ttgir"].count("ttg.convert_layout")
     resources = _resources(compiled.asm)
-    return Report(source.name, seconds, *resources, compiled.metadata.shared, conversions)
+    name = compiled.metadata.name
+    return Report(name, seconds, *resources, compiled.metadata.shared, conversions)
 
 
 def _resources(asm) -> tuple[int | None, int | None]:

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -231,3 +233,27 @@ def test_self_test_says_what_is_wrong(monkeypatch):
     verdict = next(selftest.self_test("cpu"))
     assert verdict.trusted is False
     assert re.search(r"DO NOT TRUST: pyramid is off by \S+, torch's own", str(verdict))
+
+
+# In a process of its own: here the kernels may already stand for their interpreted selves.
+LOOPS = """
+import re, torch
+from comfyui_deltaconv.kernels import ahead
+from comfyui_deltaconv.kernels.accuracy import Case
+for launch in ahead.launches(Case(1, 8, 8, 64, 3), torch.float16, gradients=True):
+    name = launch.kernel.__name__
+    if name in ("gated_kernel", "gate_gradient_kernel"):
+        text = ahead.compiled_for(launch, torch.float16, "sm_90").asm["ttir"]
+        carried = [line.count("xf32>") for line in text.split("\\n") if "scf.for" in line]
+        print(name, max(carried), launch.constants["ROWS"])
+"""
+
+
+def test_the_compiler_carries_both_halves_through_the_loop():
+    pytest.importorskip("triton", reason="Triton is not installed for this system")
+    line = [sys.executable, "-I", "-c", LOOPS]
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
+    assert said[::3] == ["gated_kernel", "gate_gradient_kernel"]
+    for carried, rows in zip(map(int, said[1::3]), map(int, said[2::3]), strict=True):
+        # Once a and b were one value to begin with, and a left the loop as zero on every GPU.
+        assert carried >= 2 * rows

@@ -173,8 +173,10 @@ def gated_kernel(
         source += image * rows * columns * channels
         target += image * rows * columns * stride
         # One loop over the two halves, not two copies of the code: it halves the compile time.
+        # Zeros of their own: were b the very value of a, the compiler would take `a = b`
+        # for no change and leave a at zero.
         a = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
-        b = a
+        b = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
         for part in range(2):
             a = b
             lane = channel + part * half

@@ -42,8 +42,10 @@ def gate_gradient_kernel(
     inside = channel < half
     positions = image * rows * columns
     source += positions * channels
+    # Zeros of their own: were b the very value of a, the compiler would take `a = b`
+    # for no change and leave a at zero.
     a = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
-    b = a
+    b = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
     for part in range(2):
         a = b
         lane = channel + part * half
