@@ -5,6 +5,6 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """The pack's extension: its nodes, and the folders it registers."""
-    from .nodes import DeltaConvExtension
+    from .nodes.extension import DeltaConvExtension
 
     return DeltaConvExtension()

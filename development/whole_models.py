@@ -17,7 +17,7 @@ from ..deltaconv.families import FAMILIES, resolution_level
 from ..deltaconv.layout import BlockGeometry
 from ..deltaconv.weights import weights_of_blocks
 from ..kernels.bench import environment
-from ..kernels.benchmark.measure import interleaved
+from ..kernels.benchmark.measure import interleaved, once
 from ..kernels.selftest import default_device
 
 _SD = {
@@ -83,6 +83,9 @@ MODELS = {
     ),
 }
 
+# Seconds of a step that is measured three times only.
+LONG_STEP = 0.5
+
 
 def main(options) -> int:
     report = {"flops": flops_table()} if options.flops else {}
@@ -95,9 +98,14 @@ def main(options) -> int:
         for family, all_pixels in ({"sd1": (128,)} if device.type == "cpu" else sizes).items():
             for pixels in all_pixels:
                 report["steps"].append(measure(family, pixels, device, options))
+                _save(report, options)
+    _save(report, options)
+    return 0
+
+
+def _save(report: dict, options) -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 def flops_table() -> list[dict[str, float]]:
@@ -170,6 +178,14 @@ def variants(family: str, patcher, dtype: torch.dtype) -> dict:
     return found
 
 
+def repeats_of(step, device: torch.device, options) -> int:
+    """As many as asked for, three of a step that takes long, one on a CPU."""
+    if device.type == "cpu":
+        return 1
+    step()
+    return options.repeats if once(step, device) < LONG_STEP else 3
+
+
 def _of_node(output):
     """The MODEL that a node of core gave: a NodeOutput, or from some a bare tuple."""
     return getattr(output, "result", output)[0]
@@ -203,7 +219,7 @@ def measure(family: str, pixels: int, device: torch.device, options) -> dict:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         # Variants share one model object, so they cannot take turns within a repeat.
-        entry["steps"] |= interleaved({name: step}, device, 1 if cpu else options.repeats)
+        entry["steps"] |= interleaved({name: step}, device, repeats_of(step, device, options))
         if device.type == "cuda":
             entry["memory"][name] = torch.cuda.max_memory_allocated()
         variant.unpatch_model(device)

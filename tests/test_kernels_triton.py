@@ -50,7 +50,8 @@ def forced(monkeypatch):
 @pytest.fixture(autouse=True)
 def poisoned():
     """Memory that torch.empty hands out is full of NaN: what a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True)
+    # As a warning only: the definition's own pooling has no deterministic gradient on a GPU.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

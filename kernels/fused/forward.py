@@ -4,13 +4,19 @@ from collections.abc import Sequence
 
 import torch
 
-from .plan import Forward, Shape, plan_forward
+from .plan import Shape, plan_forward
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor contiguous and on a 16-byte boundary, as every compiled kernel expects it."""
-    tensor = tensor.contiguous()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def three(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The kernels and, for levels that the pyramid lacks, the first one again."""
+    return [*weights, weights[0], weights[0]][:3]
 
 
 def shape_of(u: torch.Tensor, weights: Sequence[torch.Tensor], scales, gate: str) -> Shape:
@@ -35,9 +41,16 @@ def gated_pyramid(
     u, weights = aligned(u), [aligned(weight) for weight in weights]
     shape = shape_of(u, weights, scales, gate)
     plan = plan_forward(shape, None, None)
+    memory, (low, gated_low, partial, mean, context) = plan.memory(u.device)
+    out = torch.empty(*u.shape[:3], len(weights) * shape.half, dtype=u.dtype, device=u.device)
     # Kernels take every pointer; those behind a switched-off role are never read.
     nothing = weights[0]
-    out, _, _ = pyramid(plan, shape, u, weights, nothing, nothing, nothing, nothing)
+    if plan.pool is not None:
+        plan.pool(u, low, nothing, partial)
+    plan.convolve(u, low, *three(weights), out, gated_low, partial, mean)
+    if plan.upsample is not None:
+        plan.upsample(gated_low, out, mean, nothing, nothing, nothing, context)
+    del memory
     return out
 
 
@@ -59,46 +72,20 @@ def pyramid_projection(
     refuse_gradient(x, u, *weights, out_weight, out_bias, pool_weight, pool_bias)
     x, u, weights = aligned(x), aligned(u), [aligned(weight) for weight in weights]
     out_weight, pool_weight = aligned(out_weight), aligned(pool_weight)
+    pool_bias, out_bias = aligned(pool_bias), aligned(out_bias)
     batch, height, width, dim = x.shape
-    shape = shape_of(u, weights, scales, gate)
-    plan = plan_forward(shape, dim, x.dtype)
-    biases = aligned(pool_bias), aligned(out_bias)
-    out, _, context = pyramid(plan, shape, u, weights, x, pool_weight, *biases)
+    plan = plan_forward(shape_of(u, weights, scales, gate), dim, x.dtype)
+    memory, (low, gated_low, partial, mean, context, pyramid) = plan.memory(u.device)
     result = torch.empty(batch, height, width, dim, dtype=u.dtype, device=u.device)
+    plan.pool(u, low, x, partial)
+    plan.convolve(u, low, *three(weights), pyramid, gated_low, partial, mean)
+    plan.upsample(gated_low, pyramid, mean, pool_weight, pool_bias, out_bias, context)
     if plan.project is not None:
-        plan.project(out, out_weight, context, result)
+        plan.project(pyramid, out_weight, context, result)
         return result
-    tokens, rows = out.view(batch, height * width, -1), result.view(batch, height * width, dim)
+    context, pyramid = plan.buffers[4].of(memory), plan.buffers[5].of(memory)
+    tokens, rows = pyramid.view(batch, height * width, -1), result.view(batch, height * width, dim)
     for image in range(batch):
         bias = context[image].to(u.dtype)
         torch.addmm(bias, tokens[image], out_weight.t(), out=rows[image])
     return result
-
-
-def pyramid(
-    plan: Forward,
-    shape: Shape,
-    u: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    x: torch.Tensor,
-    pool_weight: torch.Tensor,
-    pool_bias: torch.Tensor,
-    out_bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All but the projection → pyramid [B, H, W, S · h/2], pooled levels, context [B, C]."""
-    batch, levels, options = shape.batch, len(shape.scales), {"device": u.device}
-    out = torch.empty(
-        batch, shape.height, shape.width, levels * shape.half, dtype=u.dtype, **options
-    )
-    low = torch.empty(shape.low_positions * shape.channels, dtype=u.dtype, **options)
-    gated_low = torch.empty(shape.low_positions * shape.half, dtype=u.dtype, **options)
-    dim = pool_weight.shape[-1] if x is not pool_weight else 1
-    partial = torch.empty(batch, plan.chunks, dim, dtype=torch.float32, **options)
-    mean, context = torch.empty(2, batch, dim, dtype=torch.float32, **options)
-    if plan.pool is not None:
-        plan.pool(u, low, x, partial)
-    three = [*weights, weights[0], weights[0]][:3]
-    plan.convolve(u, low, *three, out, gated_low, partial, mean)
-    if plan.upsample is not None:
-        plan.upsample(gated_low, out, mean, pool_weight, pool_bias, out_bias, context)
-    return out, low, context

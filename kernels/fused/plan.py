@@ -1,8 +1,8 @@
 """How one shape is cut into launches: tiles, grids and the integers the kernels take."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,11 @@ from .pool import pool_kernel
 from .project import project_kernel
 from .upsample import upsample_kernel
 
-# About two programs for each of the 132 multiprocessors of a large GPU: with fewer, smaller tiles
-# fill it better than larger ones reuse.
+# About two programs for each of the 132 multiprocessors of a large GPU: with half as many, smaller
+# tiles fill it better than larger ones reuse.
 FEW_PROGRAMS = 264
+# Programs that add up x: more would only leave more partial sums to add.
+SUM_PROGRAMS = 1024
 
 
 class Shape(NamedTuple):
@@ -52,10 +54,11 @@ class Shape(NamedTuple):
 
 
 class Launch:
-    """One kernel at one shape, called with its tensors alone.
+    """One kernel at one shape, called with its tensors, or addresses once it is `ready`.
 
-    From the second call on the compiled kernel is called directly: the arguments that Triton
-    looks at to choose it are the plan's, or aligned tensors of the plan's dtype.
+    From the second call on the compiled kernel is launched past Triton's own lookup, which takes
+    longer than a small kernel runs: the arguments that choose a compilation are the plan's, or
+    aligned tensors of the plan's dtype on the plan's device.
     """
 
     def __init__(self, kernel, programs, numbers=(), constants=None, *, warps=4, stages=1):
@@ -63,17 +66,37 @@ class Launch:
         self.constants = constants or {}
         self.options = {"num_warps": warps, "num_stages": stages}
         self.tail = (*self.numbers, *self.constants.values())
-        self.run = None
+        self._launch = None
 
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        if self.run is not None:
-            self.run(*tensors, *self.tail)
+    @property
+    def ready(self) -> bool:
+        """Whether it is compiled and takes addresses."""
+        return self._launch is not None
+
+    def __call__(self, *tensors: torch.Tensor | int) -> None:
+        if self._launch is not None:
+            self._launch(*tensors, *self.tail)
             return
-        grid = (self.programs, 1, 1)
         keywords = {**self.constants, **self.options}
-        compiled = self.kernel[grid](*tensors, *self.numbers, **keywords)
+        compiled = self.kernel[(self.programs, 1, 1)](*tensors, *self.numbers, **keywords)
+        # The interpreter returns nothing.
         if compiled is not None and hasattr(compiled, "packed_metadata"):
-            self.run = compiled[grid]
+            self._launch = _direct_launch(compiled, self.programs, tensors[0].device)
+
+
+def _direct_launch(compiled, programs: int, device: torch.device):
+    """A function of the kernel's arguments that launches it on the device's current stream."""
+    from triton.runtime import driver
+
+    stream_of, index = driver.active.get_current_stream, device.index or 0
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def launch(*arguments):
+        # No launch metadata and no hooks: those serve Triton's own profiler.
+        stream = stream_of(index)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    return launch
 
 
 class Tile(NamedTuple):
@@ -94,14 +117,14 @@ class Tile(NamedTuple):
 
 
 def convolution_tile(batch: int, size: tuple[int, int], lanes: int) -> Tile:
-    """512 positions × channels in four warps, four or eight rows of them in registers.
+    """512 positions × channels in four warps, eight rows of them in registers; 256 on small maps.
 
     32 channels are one 64-byte run in fp16; 16 where 32 would leave lanes idle (h/2 = 80).
     """
     channels = 32 if lanes % 32 == 0 else 16
     tile = Tile(8, 512 // channels, channels)
-    small = tile.programs(batch, size, lanes) < FEW_PROGRAMS
-    return tile._replace(rows=4) if small else tile
+    few = tile.programs(batch, size, lanes) < FEW_PROGRAMS // 2
+    return tile._replace(columns=256 // channels) if few else tile
 
 
 def padded_starts(counts: list[int], slots: int) -> list[int]:
@@ -115,14 +138,54 @@ def levels_of(shape: Shape) -> list[int]:
     return [shape.batch, *(length for size in sizes for length in size)]
 
 
+class Buffer(NamedTuple):
+    """A part of a plan's working memory: bytes from its start, shape and dtype."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, memory: torch.Tensor) -> torch.Tensor:
+        """This part of the memory as a tensor."""
+        size = prod(self.shape) * self.dtype.itemsize
+        return memory[self.start : self.start + size].view(self.dtype).view(self.shape)
+
+
+def arrange(parts: list[tuple[tuple[int, ...], torch.dtype]]) -> tuple[list[Buffer], int]:
+    """Shapes and dtypes → buffers behind each other on 256-byte boundaries, and all their bytes."""
+    buffers, start = [], 0
+    for shape, dtype in parts:
+        buffers.append(Buffer(start, shape, dtype))
+        start += 256 * ceil(prod(shape) * dtype.itemsize / 256)
+    return buffers, start
+
+
 class Forward(NamedTuple):
-    """The launches of a forward pass; those that the call does not need are None."""
+    """The launches of a forward pass; those that the call does not need are None.
+
+    `buffers` are low, gated low, partial, mean and context; and the pyramid, where there is a
+    projection behind it.
+    """
 
     pool: Launch | None
     convolve: Launch
     upsample: Launch | None
     project: Launch | None
-    chunks: int
+    buffers: list[Buffer]
+    size: int
+
+    def memory(self, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor | int]]:
+        """Working memory, which is to outlive the launches, and where in it the buffers are.
+
+        As addresses once every launch takes them: a tensor for each would keep the host busy for
+        longer than the launches run.
+        """
+        memory = torch.empty(self.size, dtype=torch.uint8, device=device)
+        launches = (self.pool, self.convolve, self.upsample, self.project)
+        if all(launch is None or launch.ready for launch in launches):
+            start = memory.data_ptr()
+            return memory, [start + buffer.start for buffer in self.buffers]
+        return memory, [buffer.of(memory) for buffer in self.buffers]
 
 
 @lru_cache(maxsize=256)
@@ -138,8 +201,7 @@ def plan_forward(shape: Shape, dim: int | None, x_dtype: torch.dtype | None) -> 
 
     # Sums of x: enough chunks to fill the device, none below 64 tokens.
     sums = 64
-    wanted = ceil(512 / (batch * ceil(wide / sums)))
-    chunk = 32 * ceil(max(64, tokens / wanted) / 32)
+    chunk = 64 * ceil(tokens / 64 / max(1, SUM_PROGRAMS // (batch * ceil(wide / sums))))
     chunks = ceil(tokens / chunk)
     context_programs = batch * ceil(wide / sums) if dim else 0
 
@@ -148,7 +210,9 @@ def plan_forward(shape: Shape, dim: int | None, x_dtype: torch.dtype | None) -> 
         counts = [batch * rows * ceil(cols / 16) * ceil(channels / 64) for rows, cols in lower]
         _, second, mean = padded_starts(counts, 2)
         numbers = (*lengths, second, mean, channels, wide, chunk, chunks)
-        constants = {"LEVELS": levels, "COLUMNS": 16, "CHANNELS": 64, "TOKENS": 32, "SUMS": sums}
+        spans = [exact_span(shape, size) for size in [*lower, (1, 1), (1, 1)][:2]]
+        constants = {"LEVELS": levels, "SPAN1": spans[0], "SPAN2": spans[1], "COLUMNS": 16}
+        constants |= {"CHANNELS": 64, "TOKENS": 64, "SUMS": sums}
         pool = Launch(pool_kernel, mean + context_programs * chunks, numbers, constants)
 
     tile = convolution_tile(batch, shape.sizes[0], half)
@@ -161,32 +225,98 @@ def plan_forward(shape: Shape, dim: int | None, x_dtype: torch.dtype | None) -> 
 
     upsample = None
     if lower or dim:
-        block, outputs = min(32, tile.channels), 8
-        lines = batch * shape.height * ceil(shape.width / 32) * ceil(half / block)
-        context = lines * len(lower)
-        numbers = (*lengths, lines, context, half, wide)
-        constants = {"LEVELS": levels, "COLUMNS": 32, "CHANNELS": block}
-        constants |= {"OUTPUTS": outputs, "INPUTS": 256}
-        programs = context + (batch * ceil(dim / outputs) if dim else 0)
-        upsample = Launch(upsample_kernel, programs, numbers, constants)
+        upsample = plan_upsampling(shape, dim)
 
-    product = None
+    project = None
     # Triton's product is for the tensor cores; in fp32 the vendor's library is the better one.
     if dim and shape.dtype in (torch.float16, torch.bfloat16):
-        product = plan_projection(batch, tokens, half * levels, dim)
-    return Forward(pool, convolve, upsample, product, chunks)
+        project = plan_projection(batch, tokens, half * levels, dim, shape.device)
+    parts = [
+        ((shape.low_positions * channels,), shape.dtype),
+        ((shape.low_positions * half,), shape.dtype),
+        ((batch, chunks, wide), torch.float32),
+        ((batch, wide), torch.float32),
+        ((batch, wide), torch.float32),
+    ]
+    if dim:
+        parts.append(((batch, shape.height, shape.width, levels * half), shape.dtype))
+    return Forward(pool, convolve, upsample, project, *arrange(parts))
 
 
-def plan_projection(batch: int, tokens: int, inner: int, dim: int) -> Launch:
-    """[batch, tokens, inner] · [inner, dim] → a launch that holds at most 48 KiB shared memory."""
-    token_block, output_block = 128, 64
-    if batch * ceil(tokens / 128) * ceil(dim / 64) < FEW_PROGRAMS:
-        token_block = 64
-    elif dim % 128 == 0 and batch * ceil(tokens / 128) * (dim // 128) >= FEW_PROGRAMS:
-        output_block = 128
-    # Three stages of 16-bit tiles: (128 + 128) · 32 · 2 B · 3 = 48 KiB.
-    constants = {"EVEN": inner % 32 == 0, "TOKENS": token_block, "OUTPUTS": output_block}
-    programs = batch * ceil(tokens / token_block) * ceil(dim / output_block)
-    warps = 8 if output_block == 128 else 4
-    numbers, constants = (tokens, inner, dim), constants | {"INNER": 32}
-    return Launch(project_kernel, programs, numbers, constants, warps=warps, stages=3)
+def exact_span(shape: Shape, size: tuple[int, int]) -> int:
+    """n where every pooled position is the mean of n × n others, 0 where windows differ."""
+    for span in (2, 3, 4):
+        if (shape.height, shape.width) == (span * size[0], span * size[1]):
+            return span
+    return 0
+
+
+def plan_upsampling(shape: Shape, dim: int | None) -> Launch:
+    """Bilinear upsampling of every lower level, and with C the context vector beside it."""
+    batch, half, outputs = shape.batch, shape.half, 8
+    lines, channels = 4, 32 if half % 32 == 0 else 16
+    columns = 1024 // channels
+    positions = ceil(shape.height / lines) * ceil(shape.width / columns)
+    per_level = batch * positions * ceil(half / channels)
+    context = per_level * (len(shape.scales) - 1)
+    numbers = (*levels_of(shape), per_level, context, half, dim or 1)
+    constants = {"LEVELS": len(shape.scales), "LINES": lines, "COLUMNS": columns}
+    constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "INPUTS": 256}
+    programs = context + (batch * ceil(dim / outputs) if dim else 0)
+    return Launch(upsample_kernel, programs, numbers, constants)
+
+
+class ProjectionTile(NamedTuple):
+    """Tokens × outputs of one program of the product, inner channels per step, warps, stages."""
+
+    tokens: int
+    outputs: int
+    inner: int
+    warps: int
+    stages: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that the stages take in 16 bits."""
+        return 2 * (self.tokens + self.outputs) * self.inner * self.stages
+
+
+# With the fewest programs each must have: fewer would leave multiprocessors without work, so the
+# next smaller one is taken. Measured on an H100 at the published shapes.
+PROJECTION_TILES = (
+    (512, ProjectionTile(128, 128, 64, 4, 3)),
+    (64, ProjectionTile(64, 128, 64, 4, 3)),
+    (1, ProjectionTile(64, 64, 64, 4, 4)),
+)
+NARROW_TILE = ProjectionTile(128, 64, 32, 4, 3)
+
+
+def projection_tile(batch: int, tokens: int, dim: int, device: torch.device) -> ProjectionTile:
+    """The largest tile that fits shared memory, wastes no outputs and gives enough programs."""
+    if dim % 128 == 0:
+        for fewest, tile in PROJECTION_TILES:
+            programs = batch * ceil(tokens / tile.tokens) * ceil(dim / tile.outputs)
+            if programs >= fewest and tile.shared <= shared_memory(device):
+                return tile
+    return NARROW_TILE
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one program may take; 48 KiB where the device does not say."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 48 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+
+
+def plan_projection(
+    batch: int, tokens: int, inner: int, dim: int, device: torch.device | None = None
+) -> Launch:
+    """[batch, tokens, inner] · [inner, dim] → a launch."""
+    tile = projection_tile(batch, tokens, dim, device or torch.device("cpu"))
+    constants = {"EVEN": inner % tile.inner == 0, "TOKENS": tile.tokens, "OUTPUTS": tile.outputs}
+    programs = batch * ceil(tokens / tile.tokens) * ceil(dim / tile.outputs)
+    numbers, constants = (tokens, inner, dim), constants | {"INNER": tile.inner}
+    options = {"warps": tile.warps, "stages": tile.stages}
+    return Launch(project_kernel, programs, numbers, constants, **options)

@@ -26,33 +26,45 @@ def pool_line(
     rows,
     columns,
     channels,
+    SPAN: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """u [B, H, W, h] → COLUMNS pooled positions of one row of low [B, rows, columns, h]."""
+    """u [B, H, W, h] → COLUMNS pooled positions of one row of low [B, rows, columns, h].
+
+    SPAN: every window is SPAN × SPAN; 0 where they differ.
+    """
     blocks = tl.cdiv(channels, CHANNELS)
     across = tl.cdiv(columns, COLUMNS)
     channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     program = program // blocks
     column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
     line = program // across  # image · rows + row
-    top, bottom = window(line % rows, height, rows)
-    left, right = window(column, width, columns)
     inside = (column < columns)[:, None] & (channel < channels)[None, :]
     row_stride = width.to(tl.int64) * channels
     first = u + (line // rows) * height * row_stride
     total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
-    for y in range(top, bottom):
-        source = first + y * row_stride
-        for step in range(span(width, columns)):
-            x = left + step
-            offsets = x[:, None] * channels + channel[None, :]
-            mask = inside & (x < right)[:, None]
-            total += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
-    area = ((bottom - top) * (right - left)).to(tl.float32)
+    if SPAN > 0:
+        first += (line % rows) * SPAN * row_stride
+        offsets = column[:, None] * SPAN * channels + channel[None, :]
+        for i in tl.static_range(SPAN * SPAN):
+            source = first + (i // SPAN) * row_stride + (i % SPAN) * channels
+            total += tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32)
+        mean = total / (SPAN * SPAN)
+    else:
+        top, bottom = window(line % rows, height, rows)
+        left, right = window(column, width, columns)
+        for y in range(top, bottom):
+            source = first + y * row_stride
+            for step in range(span(width, columns)):
+                x = left + step
+                offsets = x[:, None] * channels + channel[None, :]
+                mask = inside & (x < right)[:, None]
+                total += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean = total / ((bottom - top) * (right - left)).to(tl.float32)[:, None]
     offsets = column[:, None] * channels + channel[None, :]
     target = low + line.to(tl.int64) * columns * channels + offsets
-    tl.store(target, (total / area[:, None]).to(low.dtype.element_ty), mask=inside)
+    tl.store(target, mean.to(low.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -102,6 +114,8 @@ def pool_kernel(
     chunk,
     chunks,
     LEVELS: tl.constexpr,
+    SPAN1: tl.constexpr,
+    SPAN2: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -112,15 +126,14 @@ def pool_kernel(
     if program >= first_mean:
         tokens = height * width
         sum_chunk(program - first_mean, x, partial, tokens, chunk, chunks, dim, TOKENS, SUMS)
-    elif LEVELS > 1:
-        target, rows, columns, first = low, height1, width1, 0
+    elif program >= first2:
         if LEVELS > 2:
-            if program >= first2:
-                target = low + batch.to(tl.int64) * height1 * width1 * channels
-                rows, columns, first = height2, width2, first2
-        pool_line(
-            program - first, u, target, height, width, rows, columns, channels, COLUMNS, CHANNELS
-        )
+            low += batch.to(tl.int64) * height1 * width1 * channels
+            size = (height, width, height2, width2, channels)
+            pool_line(program - first2, u, low, *size, SPAN2, COLUMNS, CHANNELS)
+    elif LEVELS > 1:
+        size = (height, width, height1, width1, channels)
+        pool_line(program, u, low, *size, SPAN1, COLUMNS, CHANNELS)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ def neighbours(index, size, coarse):
 
 
 @triton.jit
-def upsample_line(
+def upsample_lines(
     program,
     source,
     target,
@@ -28,34 +28,40 @@ def upsample_line(
     columns,
     half,
     stride,
+    LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """source [B, rows, columns, h/2] → COLUMNS positions of one row of target [B, H, W, stride]."""
+    """source [B, rows, columns, h/2] → LINES × COLUMNS positions of target [B, H, W, stride]."""
     blocks = tl.cdiv(half, CHANNELS)
     across = tl.cdiv(width, COLUMNS)
+    down = tl.cdiv(height, LINES)
     channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     program = program // blocks
     x = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
-    line = program // across  # image · height + y
-    upper, lower, share_y = neighbours(line % height, height, rows)
+    program = program // across
+    image, first = (program // down).to(tl.int64), (program % down) * LINES
     left, right, share_x = neighbours(x, width, columns)
     inside = (x < width)[:, None] & (channel < half)[None, :]
-    image = (line // height).to(tl.int64) * rows
-    above = source + (image + upper) * columns * half
-    below = source + (image + lower) * columns * half
+    source += image * rows * columns * half
     at_left = left[:, None] * half + channel[None, :]
     at_right = right[:, None] * half + channel[None, :]
     share_x = share_x[:, None]
-    # Both rows are mixed along x first, as torch does.
-    top = tl.load(above + at_left, mask=inside, other=0.0).to(tl.float32) * (1 - share_x)
-    top += tl.load(above + at_right, mask=inside, other=0.0).to(tl.float32) * share_x
-    low = tl.load(below + at_left, mask=inside, other=0.0).to(tl.float32) * (1 - share_x)
-    low += tl.load(below + at_right, mask=inside, other=0.0).to(tl.float32) * share_x
-    value = top * (1 - share_y) + low * share_y
     offsets = x[:, None] * stride + channel[None, :]
-    target += line.to(tl.int64) * width * stride
-    tl.store(target + offsets, value.to(target.dtype.element_ty), mask=inside)
+    for i in tl.static_range(LINES):
+        y = first + i
+        upper, lower, share_y = neighbours(y, height, rows)
+        here = inside & (y < height)
+        above = source + upper * columns.to(tl.int64) * half
+        below = source + lower * columns.to(tl.int64) * half
+        # Both rows are mixed along x first, as torch does.
+        top = tl.load(above + at_left, mask=here, other=0.0).to(tl.float32) * (1 - share_x)
+        top += tl.load(above + at_right, mask=here, other=0.0).to(tl.float32) * share_x
+        low = tl.load(below + at_left, mask=here, other=0.0).to(tl.float32) * (1 - share_x)
+        low += tl.load(below + at_right, mask=here, other=0.0).to(tl.float32) * share_x
+        value = top * (1 - share_y) + low * share_y
+        line = target + (image * height + y) * width * stride
+        tl.store(line + offsets, value.to(target.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -113,6 +119,7 @@ def upsample_kernel(
     half,
     dim,
     LEVELS: tl.constexpr,
+    LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -129,11 +136,8 @@ def upsample_kernel(
             if program >= first2:
                 source = gated_low + batch.to(tl.int64) * height1 * width1 * half
                 target, rows, columns, first = out + 2 * half, height2, width2, first2
-        stride = LEVELS * half
-        program = program - first
-        upsample_line(
-            program, source, target, height, width, rows, columns, half, stride, COLUMNS, CHANNELS
-        )
+        size = (height, width, rows, columns, half, LEVELS * half)
+        upsample_lines(program - first, source, target, *size, LINES, COLUMNS, CHANNELS)
 
 
 @triton.jit
@@ -167,7 +171,7 @@ def downsample_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The adjoint of `upsample_line`: gradient [B, H, W, stride] → low [B, rows, columns, h/2]."""
+    """The adjoint of `upsample_lines`: gradient [B, H, W, stride] → low [B, rows, columns, h/2]."""
     program = tl.program_id(0)
     blocks = tl.cdiv(half, CHANNELS)
     across = tl.cdiv(columns, COLUMNS)

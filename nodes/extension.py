@@ -1,0 +1,35 @@
+"""What ComfyUI is given: the list of nodes, and the folders they read and write."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import DeltaConvApply
+from .compare import DeltaConvCompare
+from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
+from .distil import DeltaConvDistill
+from .evaluate import DeltaConvEvaluate
+from .folders import register_folders
+from .load_save import DeltaConvLoad, DeltaConvSave
+from .locality import DeltaConvLocality, DeltaConvSaveLocality
+from .recipe import DeltaConvRecipe
+
+
+class DeltaConvExtension(ComfyExtension):
+    """What ComfyUI asks for when it loads the pack."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            DeltaConvLoad,
+            DeltaConvApply,
+            DeltaConvSave,
+            DeltaConvCompare,
+            DeltaConvDemoModel,
+            DeltaConvDemoPrompt,
+            DeltaConvLocality,
+            DeltaConvSaveLocality,
+            DeltaConvRecipe,
+            DeltaConvDistill,
+            DeltaConvEvaluate,
+        ]
