@@ -238,24 +238,36 @@ def test_self_test_says_what_is_wrong(monkeypatch):
 
 
 # In a process of its own: here the kernels may already stand for their interpreted selves.
-LOOPS = """
-import re, torch
+COMPILE = """
+import sys, torch
 from comfyui_deltaconv.kernels import ahead
 from comfyui_deltaconv.kernels.accuracy import Case
-for launch in ahead.launches(Case(1, 8, 8, 64, 3), torch.float16, gradients=True):
-    name = launch.kernel.__name__
-    if name in ("gated_kernel", "gate_gradient_kernel"):
-        text = ahead.compiled_for(launch, torch.float16, "sm_90").asm["ttir"]
-        carried = [line.count("xf32>") for line in text.split("\\n") if "scf.for" in line]
-        print(name, max(carried), launch.constants["ROWS"])
+gate, dtype, target = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
+for launch in ahead.launches(Case(1, 8, 8, 64, 3, gate=gate), dtype, gradients=True):
+    text = ahead.compiled_for(launch, dtype, target).asm["ttir"]
+    carried = [line.count("xf32>") for line in text.split("\\n") if "scf.for" in line]
+    rows = launch.constants.get("ROWS", 0)
+    print(launch.kernel.__name__, max(carried, default=0), rows)
 """
+KERNELS = {"pool", "gated", "upsample", "gate_gradient", "input_gradient", "weight_gradient"}
+KERNELS |= {"downsample", "unpool"}
 
 
-def test_the_compiler_carries_both_halves_through_the_loop():
+@pytest.mark.parametrize(
+    "gate, dtype, target",
+    [("scaled", "float16", "sm_90"), ("sigmoid", "float32", "gfx942")],
+)
+def test_every_kernel_compiles_for_devices_that_are_not_here(gate, dtype, target):
     pytest.importorskip("triton", reason="Triton is not installed for this system")
-    line = [sys.executable, "-I", "-c", LOOPS]
-    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
-    assert said[::3] == ["gated_kernel", "gate_gradient_kernel"]
-    for carried, rows in zip(map(int, said[1::3]), map(int, said[2::3]), strict=True):
+    line = [sys.executable, "-I", "-c", COMPILE, gate, dtype, target]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loops = {
+        name: (int(n), int(rows)) for name, n, rows in map(str.split, done.stdout.splitlines())
+    }
+    product = set() if dtype == "float32" else {"project"}
+    assert set(loops) == {f"{name}_kernel" for name in KERNELS | product}
+    for name in ("gated_kernel", "gate_gradient_kernel"):
         # Once a and b were one value to begin with, and a left the loop as zero on every GPU.
-        assert carried >= 2 * rows
+        carried, rows = loops[name]
+        assert carried >= 2 * rows > 0

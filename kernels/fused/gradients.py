@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .correlate import correlate, gated, locate
+from .correlate import correlate, gated, locate, sigmoid
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "shifts"])
@@ -72,7 +72,7 @@ def gate_gradient_kernel(
         wide = column[:, None] * stride + channel[None, :]
         g = tl.load(upstream + here * stride + wide, mask=stored, other=0.0).to(tl.float32)
         if SIGMOID:
-            share = tl.sigmoid(b[i])
+            share = sigmoid(b[i], gradient.dtype.element_ty)
             to_a, to_b = g * share, g * a[i] * share * (1 - share)
         else:
             to_a, to_b = g * (b[i] * gain), g * (a[i] * gain)
@@ -81,7 +81,7 @@ def gate_gradient_kernel(
         tl.store(target + half, to_b.to(gradient.dtype.element_ty), mask=stored)
         if KEEP:
             target = out + here * out_stride + (column[:, None] * out_stride + channel[None, :])
-            value = gated(a[i], b[i], gain, SIGMOID)
+            value = gated(a[i], b[i], gain, SIGMOID, out.dtype.element_ty)
             tl.store(target, value.to(out.dtype.element_ty), mask=stored)
 
 
