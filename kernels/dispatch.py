@@ -190,6 +190,9 @@ def _call(op: str, arguments: tuple, u, weights, scales, tensors) -> torch.Tenso
             return run(op, request, *arguments)
         if not uses_triton(request, forced()):
             return getattr(torch_forms, op)(*arguments)
+        from . import recorded
+
+        return getattr(recorded, op)(*arguments)
     # Imported here: telling torch of its operators is a third of the pack's import time.
     from . import operators
 

@@ -1,7 +1,7 @@
 """The ops as torch custom operators: torch.compile sees one node each, autograd one function.
 
-`dispatch` calls them where torch.compile traces or a gradient is recorded; everywhere else it goes
-past torch's dispatcher, which costs more than a small launch.
+`dispatch` calls them where torch.compile traces; everywhere else it goes past torch's dispatcher,
+which costs more than a small launch. `recorded` holds the gradients of eager calls.
 """
 
 import torch

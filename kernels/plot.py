@@ -10,6 +10,15 @@ from pathlib import Path
 
 from .benchmark.contenders import CONTENDERS
 
+LABELS = {
+    "attn1": "self-attention",
+    "linfus": "LinFusion",
+    "pub": "ΔConv, published style",
+    "nchw": "ΔConv, torch, NCHW",
+    "nhwc": "ΔConv, torch, NHWC",
+    "ours": "ΔConv, ours",
+}
+
 
 def times(entry: dict, way: str) -> dict[str, float]:
     """Contender → median seconds, `way` being eager or graph."""
@@ -79,12 +88,14 @@ def draw(report: dict, path: Path) -> None:
     for name in CONTENDERS:
         points = [(e["side"] ** 2, times(e, way)[name]) for e in entries if name in times(e, way)]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+            axes.plot(*zip(*points, strict=True), marker="o", label=LABELS[name])
     floor = [(e["side"] ** 2, max(v for v in e["floors"].values() if v)) for e in entries]
-    axes.plot(*zip(*floor, strict=True), "k:", label="floor")
+    axes.plot(*zip(*floor, strict=True), "k:", label="floor: bytes, or arithmetic")
     axes.set(xscale="log", yscale="log", xlabel="tokens (H·W)", ylabel="seconds per call")
     about = report["environment"]
-    axes.set_title(f"{about['device']}, {about['dtype']}, batch {about['batch']}, {way}")
+    how = "CUDA-graph replay" if way == "graph" else "eager"
+    site = f"C = {entries[0]['dim']}, k = {entries[0]['kernel_size']}"
+    axes.set_title(f"{about['device']}, {about['dtype']}, batch {about['batch']}, {site}, {how}")
     axes.legend()
     axes.grid(True, which="major", alpha=0.3)
     figure.savefig(path, dpi=150)
