@@ -12,7 +12,6 @@ from weakref import ReferenceType, ref
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.patcher_extension
 import comfy.utils
 import torch
@@ -21,6 +20,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..deltaconv import DeltaConvBlock, DeltaConvWeights
 from .application import Application
 from .forward import pixart_forward, unet_forward
+from .operations import LendingCast
 
 KEY = "deltaconv"
 
@@ -62,7 +62,7 @@ def load_blocks(weights: DeltaConvWeights, sites: Iterable[str], gate: str | Non
     """
     blocks = {}
     for site in sites:
-        block = weights.block(site, gate=gate, operations=comfy.ops.manual_cast)
+        block = weights.block(site, gate=gate, operations=LendingCast)
         if dtype is not None and next(block.parameters()).dtype.itemsize > dtype.itemsize:
             block.to(dtype)
         blocks[site] = block.requires_grad_(False).eval()
