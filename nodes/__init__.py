@@ -11,6 +11,7 @@ from .folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
 from .locality import DeltaConvLocality, DeltaConvSaveLocality
 from .recipe import DeltaConvRecipe
+from .selftest import DeltaConvSelfTest
 
 
 class DeltaConvExtension(ComfyExtension):
@@ -32,4 +33,5 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvRecipe,
             DeltaConvDistill,
             DeltaConvEvaluate,
+            DeltaConvSelfTest,
         ]
