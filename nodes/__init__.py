@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import DeltaConvApply
+from .benchmark import DeltaConvBenchmark
 from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
 from .distil import DeltaConvDistill
@@ -34,4 +35,5 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvDistill,
             DeltaConvEvaluate,
             DeltaConvSelfTest,
+            DeltaConvBenchmark,
         ]
