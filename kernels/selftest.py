@@ -7,7 +7,7 @@ operators lose in that dtype. Ends within its time limit and says what it did no
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,8 +31,7 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         word = {True: "ok", False: "DO NOT TRUST", None: "not tested"}[self.trusted]
-        name = str(self.dtype).removeprefix("torch.")
-        line = f"{name:<9} k={self.kernel_size:<3} {self.implementation:<7} {word}"
+        line = f"{_name(self.dtype):<9} k={self.kernel_size:<3} {self.implementation:<7} {word}"
         return f"{line}: {self.reason}" if self.reason else line
 
 
@@ -77,6 +76,41 @@ def _verdict(device: torch.device, dtype: torch.dtype, size: int) -> Verdict:
         if not ours.within(own, dtype)
     ]
     return Verdict(dtype, size, implementation, not bad, "; ".join(bad))
+
+
+def report(verdicts: Sequence[Verdict]) -> str:
+    """A grid of dtypes and kernel sizes, a reason for each that is not trusted, and what to do."""
+    found = {(verdict.dtype, verdict.kernel_size): verdict for verdict in verdicts}
+    sizes = sorted({size for _, size in found})
+    word = {True: "yes", False: "NO", None: "?"}
+    lines = ["may be trusted".ljust(16) + "".join(f"{f'k={size}':>6}" for size in sizes)]
+    for dtype in dict.fromkeys(verdict.dtype for verdict in verdicts):
+        words = "".join(f"{word[found[dtype, size].trusted]:>6}" for size in sizes)
+        lines.append(f"{_name(dtype):<16}{words}")
+    ran = dict.fromkeys(verdict.implementation for verdict in verdicts if verdict.implementation)
+    lines += ["", f"What ran: {' and '.join(ran) or 'nothing'}. A ? had no time."]
+    wrong = [verdict for verdict in verdicts if verdict.trusted is False]
+    lines += map(str, wrong)
+    return "\n".join([*lines, _advice(wrong, sum(v.trusted is None for v in verdicts))])
+
+
+def _advice(wrong: Sequence[Verdict], untested: int) -> str:
+    if any(verdict.implementation != "torch" for verdict in wrong):
+        return (
+            "Some results are wrong: start ComfyUI with the environment variable "
+            "DELTACONV_KERNELS=torch, and test again."
+        )
+    if wrong:
+        return (
+            "torch's own operators are wrong on this device: update torch or the driver, or run "
+            "the model in another dtype."
+        )
+    rest = f"; {untested} were not tested, give it more seconds" if untested else ""
+    return f"No wrong results{rest}."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def implementation_of(case: Case, dtype: torch.dtype, device: torch.device | str) -> str:

@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +39,16 @@ class Application:
     def acts(self) -> bool:
         """Whether blocks act in the model call that this thread is in."""
         return getattr(self._run, "acts", True)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Plain attention runs meanwhile in this thread, over the same loaded model."""
+        before = self.acts
+        self._run.acts = False
+        try:
+            yield
+        finally:
+            self._run.acts = before
 
     def say_once(self, key: str, message: str) -> None:
         """Log a warning the first time this application meets `key`."""

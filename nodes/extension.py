@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import DeltaConvApply
+from .benchmark import DeltaConvBenchmark
 from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
 from .distil import DeltaConvDistill
@@ -11,6 +12,7 @@ from .folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
 from .locality import DeltaConvLocality, DeltaConvSaveLocality
 from .recipe import DeltaConvRecipe
+from .selftest import DeltaConvSelfTest
 
 
 class DeltaConvExtension(ComfyExtension):
@@ -32,4 +34,6 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvRecipe,
             DeltaConvDistill,
             DeltaConvEvaluate,
+            DeltaConvSelfTest,
+            DeltaConvBenchmark,
         ]

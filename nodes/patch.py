@@ -12,7 +12,6 @@ from weakref import ReferenceType, ref
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.patcher_extension
 import comfy.utils
 import torch
@@ -21,6 +20,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..deltaconv import DeltaConvBlock, DeltaConvWeights
 from .application import Application
 from .forward import pixart_forward, unet_forward
+from .operations import LendingCast
 
 KEY = "deltaconv"
 
@@ -62,7 +62,7 @@ def load_blocks(weights: DeltaConvWeights, sites: Iterable[str], gate: str | Non
     """
     blocks = {}
     for site in sites:
-        block = weights.block(site, gate=gate, operations=comfy.ops.manual_cast)
+        block = weights.block(site, gate=gate, operations=LendingCast)
         if dtype is not None and next(block.parameters()).dtype.itemsize > dtype.itemsize:
             block.to(dtype)
         blocks[site] = block.requires_grad_(False).eval()
@@ -118,17 +118,36 @@ def choose_ways(
     """Run every patched site once on noise, so that it is known which way is faster there."""
     models = [patched, *patched.get_nested_additional_models()]
     comfy.model_management.load_models_gpu(models)
+    for call in site_calls(patched, application, batch, latent_size):
+        call()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def site_calls(
+    patched: comfy.model_patcher.ModelPatcher,
+    application: Application,
+    batch: int,
+    latent_size: tuple[int, int],
+) -> list[Callable[[], torch.Tensor]]:
+    """A call of every patched site alone, on noise of the size it meets at that latent."""
     dtype, device = compute_dtype(patched), patched.load_device
+    options = patched.model_options.get("transformer_options", {})
+    maps: dict[tuple[int, int, int], torch.Tensor] = {}
+    calls = []
     for path in application.replaced:
         site = application.model_sites.sites[path]
         rows, columns = application.model_sites.map_size(path, *latent_size)
-        x = torch.randn(batch, rows * columns, site.dim, dtype=dtype, device=device)
+        shape = (batch, rows * columns, site.dim)
+        if shape not in maps:
+            maps[shape] = torch.randn(shape, dtype=dtype, device=device)
         if application.model_sites.patch_size is None:
-            place = {"transformer_options": {"activations_shape": [batch, 0, rows, columns]}}
+            own = {**options, "activations_shape": [batch, 0, rows, columns]}
+            place = {"transformer_options": own}
         else:
             place = {"HW": latent_size}
-        patched.object_patches[site.forward_key](x, **place)
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        forward = patched.object_patches[site.forward_key]
+        calls.append(functools.partial(forward, maps[shape], **place))
+    return calls
 
 
 def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:

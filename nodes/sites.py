@@ -17,6 +17,9 @@ _JOINT = {
     "HiDreamImageTransformer2DModel",
 }
 
+# What one prompt is long, unless it is longer.
+_CLIP_TOKENS = 77
+
 
 @dataclass(frozen=True)
 class Site:
@@ -80,6 +83,19 @@ def find_sites(model: ModelPatcher) -> ModelSites:
         if sites := finder(model, diffusion_model):
             return sites
     raise ValueError(_why_not(type(diffusion_model).__name__))
+
+
+def text_shape(model: ModelPatcher) -> tuple[int, int]:
+    """Tokens and channels of the encoded prompt that a UNet or PixArt model is made for."""
+    from comfy.ldm.modules.attention import BasicTransformerBlock
+
+    diffusion_model = model.model.diffusion_model
+    if embedder := getattr(diffusion_model, "y_embedder", None):
+        return tuple(embedder.y_embedding.shape)
+    for module in diffusion_model.modules():
+        if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
+            return _CLIP_TOKENS, module.attn2.to_k.in_features
+    raise ValueError("Expected a model that reads a prompt, got one without cross-attention.")
 
 
 def recomputable_modules(model: ModelPatcher) -> list[str]:
