@@ -137,13 +137,17 @@ class ComfyTeacher:
         if not active:
             self._visit = self._features = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in, whatever their weights are stored in."""
+        return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
+
     @torch.no_grad()
     def projections(self, site: str) -> Projections | None:
         """The site's query, key and value maps, as they act: LoRA, casting and storage included."""
         module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
         dim = self.dims[site]
-        dtype = self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
-        basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, dtype)[None]
+        basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
         if self.model_sites.patch_size is None:
             maps = [layer(basis)[0] for layer in (module.to_q, module.to_k, module.to_v)]
             heads = module.heads

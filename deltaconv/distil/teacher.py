@@ -23,6 +23,8 @@ class Teacher(Protocol):
     family: str
     base_model: str
     device: torch.device
+    # What its layers compute in, whatever they are stored in.
+    dtype: torch.dtype
     # Whether gradients pass through its weights; "" or the reason why not.
     why_not_differentiable: str
 
