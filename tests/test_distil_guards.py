@@ -194,3 +194,15 @@ def test_own_samples_of_another_negative_are_drawn_anew(tmp_path):
 
     assert not torch.equal(first("empty", 0.0), first("ugly", -1.0))
     assert torch.equal(first("empty", 0.0), first("empty", 0.0))
+
+
+def test_blocks_to_start_from_are_kept_and_the_others_initialised():
+    settings = toy_settings(0, 0)
+    whole = run(settings)[0].student.averaged_blocks()
+    other = run(toy_settings(0, 0, init="random", seed=3))[0].student.averaged_blocks()
+    records = run(settings, start={"first": other["first"]})
+    found = records[0].student.averaged_blocks()
+    for name, tensor in found["first"].state_dict().items():
+        assert torch.equal(tensor, other["first"].state_dict()[name])
+    for name, tensor in found["second"].state_dict().items():
+        assert torch.equal(tensor, whole["second"].state_dict()[name])

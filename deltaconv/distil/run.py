@@ -15,7 +15,7 @@ from .replay import replay_of
 from .settings import DistilError, DistilSettings, StageSettings, new_blocks, read_plan
 from .stages import joint_losses, layer_losses
 from .state import State, load_state, save_state, state_files
-from .student import Optimiser, Student
+from .student import Optimiser, Student, take_weights
 from .teacher import Teacher
 
 
@@ -32,11 +32,11 @@ def distil(
 ) -> Iterator[Record]:
     """Distil `teacher` into ΔConvBlocks, yielding a record per step.
 
-    `recipe` maps site → (kernel, scales), or a kernel alone. `start`, where given, holds blocks to
-    go on from in place of an initialisation. `folder` takes the states; one that
-    holds some is gone on with, or refused where `resume` is False. Closing the generator, as an
-    interrupt does, saves first. Raises DistilError before anything is changed where the settings,
-    the recipe or the folder's state do not fit.
+    `recipe` maps site → (kernel, scales), or a kernel alone. `start`, where given, holds blocks
+    that are gone on from in place of an initialisation, of all sites or some. `folder` takes the
+    states; one that holds some is gone on with, or refused where `resume` is False. Closing the
+    generator, as an interrupt does, saves first. Raises DistilError before anything is changed
+    where the settings, the recipe or the folder's state do not fit.
     """
     return _Run(teacher, recipe, dataset, settings, gate, start, folder, resume).records()
 
@@ -63,10 +63,9 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             blocks = new_blocks(self.plans, teacher.dims, gate)
-        self.started_from = start is not None
-        for site, block in (start or {}).items():
-            if site in blocks:
-                blocks[site].load_state_dict(block.state_dict())
+        self.given = {site: block for site, block in (start or {}).items() if site in blocks}
+        for site, block in self.given.items():
+            take_weights(site, blocks[site], block)
         self.student = Student(blocks, settings, teacher.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.stage, self.step, self.position, self.number = "layers", 0, 0, 0
@@ -104,12 +103,13 @@ class _Run:
     def _init(self) -> Iterator[Record]:
         started = time.monotonic()
         errors: Mapping[str, float] = {}
-        if self.settings.init == "informed" and not self.started_from:
+        rest = self.student.blocks.keys() - self.given.keys()
+        if self.settings.init == "informed" and rest:
             errors = self._within_memory(
                 self.settings.layers,
                 lambda: self._on_cpu(
                     lambda blocks: initialise(
-                        blocks,
+                        {site: block for site, block in blocks.items() if site in rest},
                         self._replay(),
                         self.teacher.projections,
                         torch.Generator().manual_seed(self.settings.seed),

@@ -185,6 +185,17 @@ class Optimiser:
         return True
 
 
+def take_weights(site: str, block: DeltaConvBlock, given: DeltaConvBlock) -> None:
+    """Give `block` the weights of `given`; raises DistilError unless they are built alike."""
+    shapes = [{n: tuple(t.shape) for n, t in b.state_dict().items()} for b in (block, given)]
+    if shapes[0] != shapes[1] or (block.scales, block.gate) != (given.scales, given.gate):
+        raise DistilError(
+            f"Expected a block to start from at {site} as the recipe has it ({block}), got "
+            f"{given}. Change the recipe, or leave it out."
+        )
+    block.load_state_dict(given.state_dict())
+
+
 def _adamw(settings: DistilSettings) -> type[torch.optim.Optimizer]:
     if not settings.eight_bit:
         return torch.optim.AdamW
