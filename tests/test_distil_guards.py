@@ -197,12 +197,11 @@ def test_own_samples_of_another_negative_are_drawn_anew(tmp_path):
 
 
 def test_blocks_to_start_from_are_kept_and_the_others_initialised():
-    settings = toy_settings(0, 0)
-    whole = run(settings)[0].student.averaged_blocks()
-    other = run(toy_settings(0, 0, init="random", seed=3))[0].student.averaged_blocks()
-    records = run(settings, start={"first": other["first"]})
-    found = records[0].student.averaged_blocks()
-    for name, tensor in found["first"].state_dict().items():
-        assert torch.equal(tensor, other["first"].state_dict()[name])
-    for name, tensor in found["second"].state_dict().items():
-        assert torch.equal(tensor, whole["second"].state_dict()[name])
+    settings = toy_settings(0, 0, init_images=32)
+    whole = run(settings)[0]
+    other = run(toy_settings(0, 0, init="random", seed=3))[0].student.averaged_blocks()["first"]
+    record = run(settings, start={"first": other})[0]
+    found = record.student.averaged_blocks()["first"].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in other.state_dict().items())
+    # Other queries are picked to measure where its site looks.
+    assert record.losses == {"second": pytest.approx(whole.losses["second"], rel=0.2)}
