@@ -365,6 +365,16 @@ def test_checkpointing_changes_no_gradient(model, differentiable):
     assert all(torch.allclose(plain[n], recomputed[n], atol=1e-6) for n in plain)
 
 
+def test_evaluate_node_wants_a_prompt_for_every_conditioning(model):
+    from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
+
+    both = conditioning("red apple") + conditioning("octopus")
+    with pytest.raises(ValueError, match="each of 2 conditionings, got 3"):
+        DeltaConvEvaluate.execute(
+            model, read_weights(demo.DELTACONV_PATH), positive=both, prompts="a\nb\nc"
+        )
+
+
 def test_evaluate_node_tells_good_weights_from_bad(model):
     from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
 
@@ -380,4 +390,5 @@ def test_evaluate_node_tells_good_weights_from_bad(model):
     bad = DeltaConvEvaluate.execute(model, node(model, layer_steps=1)[0], **inputs).args
     table, plot, grid, mse, psnr = good
     assert mse < bad[3] and psnr > bad[4]
+    assert "LPIPS needs" in table and "CLIP score needs the prompts" in table
     assert "PSNR" in table and plot.ndim == grid.ndim == 4 and grid.shape[-1] == 3
