@@ -109,7 +109,7 @@ def entered() -> Iterator[None]:
 def run(config: Mapping) -> None:
     """Distil as `config` says, printing a line now and then; resumes what its folder holds."""
     from ..deltaconv import write_weights
-    from ..deltaconv.distil import DistilError, default_kernels, distil, weights_of
+    from ..deltaconv.distil import default_kernels, distil, weights_of
 
     folder = Path(config.get("folder", ROOT / "output" / "distil"))
     try:
@@ -129,7 +129,7 @@ def run(config: Mapping) -> None:
                     if record.message or record.step in (1, record.steps) or record.step % 10 == 0:
                         print(line_of(record, time.monotonic() - started), flush=True)
             weights = weights_of(record.student, teacher, settings, gate=gate)
-    except (DistilError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise DevelopmentError(str(error)) from error
     path = write_weights(weights, folder / "deltaconv.safetensors", overwrite=True)
     print(f"Weights: {path}\nLog: {folder / 'log.jsonl'}")

@@ -1,56 +1,105 @@
-"""What `python dev.py demo --distil` runs: the demo teacher distilled in a few minutes on a CPU."""
+"""What `python dev.py demo --distil` runs: the demo teacher distilled in a few minutes on a CPU.
+
+The time is fixed and the work adapts: pictures, initialisation and steps are planned from what one
+call and one step take on this machine.
+"""
 
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PROMPTS = ("red apple", "sun with face", "tiger face", "octopus")
-# Of the pictures; few, since the time goes to the distillation.
-PICTURE_STEPS = 15
-LAYER_STEPS, JOINT_STEPS = 60, 40
 COLUMNS = ("teacher", "untrained", "initialised", "distilled")
+# Of the six minutes that the command may take; the rest is for starting ComfyUI.
+SECONDS = 310.0
+_BATCH = 8
+_MOST_STEPS = 300
 
 
-def distil_demo(output: Path, layers: int = LAYER_STEPS, joint: int = JOINT_STEPS) -> dict:
-    """Distil the demo teacher, print how the loss falls, write grid, curve and weights.
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one call of teacher and student for all pictures of the grid."""
+
+    teacher: float
+    student: float
+
+    def picture_steps(self, seconds: float) -> int:
+        """Steps at which the grid's columns, one by the teacher, take a fifth of the time."""
+        column = self.teacher + (len(COLUMNS) - 1) * self.student
+        # Two calls a step, with the prompt and without.
+        return max(6, min(20, int(seconds / 5 / (2 * column))))
+
+    def init_images(self, seconds: float) -> int:
+        """Images at which the initialisation, which sees each twice, takes an eighth of it."""
+        per_image = 2 * self.teacher / len(PROMPTS)
+        batches = int(seconds / 8 / per_image / _BATCH)
+        return _BATCH * max(4, min(16, batches))
+
+
+def training_steps(seconds: float, layer: float, joint: float) -> tuple[int, int]:
+    """Steps of both stages that fit into `seconds`, half of it each, given one step's seconds."""
+    return tuple(
+        max(1, min(_MOST_STEPS, int(seconds / 2 / max(each, 1e-9)))) for each in (layer, joint)
+    )
+
+
+def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
+    """Distil the demo teacher within `seconds`, print how the loss falls, write grid and curve.
 
     ComfyUI must be on the path (`host.enter`). The grid's columns are `COLUMNS`: untrained blocks
-    are random, initialised ones come from least squares alone. Returns PSNR in dB by column.
+    are random, initialised ones come from least squares alone. `side` is that of all pictures in
+    pixels. Returns PSNR in dB by column.
     """
-    from dataclasses import replace
-
     from ..deltaconv import write_weights
     from ..deltaconv.distil import default_kernels, default_settings, distil, weights_of
     from ..deltaconv.distil.plots import loss_curve
-    from ..deltaconv.distil.settings import new_blocks, read_plan
-    from .distil import chosen_data, line_of, load_teacher
+    from .distil import line_of, load_teacher
 
-    base = default_settings()
-    settings = replace(
-        base,
-        layers=replace(base.layers, steps=layers),
-        joint=replace(base.joint, steps=joint),
-        ema=0.9,
-    )
     started = time.monotonic()
+    settings = default_settings(ema=0.9)
     teacher = load_teacher({}, settings)
     output.mkdir(parents=True, exist_ok=True)
     with teacher:
         recipe = default_kernels(teacher.model_sites.levels)
-        blocks = new_blocks(read_plan(recipe, teacher.dims), teacher.dims, "scaled")
-        pictures = {"teacher": draw(teacher, {}), "untrained": draw(teacher, blocks)}
+        data = _data(teacher, side)
+        blocks = _untrained(teacher, recipe)
+        pace = Pace(*(_seconds_of_a_call(teacher, b, side) for b in ({}, blocks)))
+        steps = pace.picture_steps(seconds)
+        print(f"Pictures of {steps} steps; teacher, then untrained blocks …", flush=True)
+        pictures = {"teacher": draw(teacher, {}, steps, side)}
+        since = time.monotonic()
+        pictures["untrained"] = draw(teacher, blocks, steps, side)
+        # A column more is drawn at the end, however the machine's pace changes.
+        reserve = 1.5 * (time.monotonic() - since) + 5
+
+        settings = _with_steps(settings, 0, 0, init_images=pace.init_images(seconds))
+        print(f"Least squares on {settings.init_images} images …", flush=True)
+        (record,) = distil(teacher, recipe, data, settings)
+        blocks = record.student.averaged_blocks()
+        pictures["initialised"] = draw(teacher, blocks, steps, side)
+
+        layer, joint = _seconds_per_step(teacher, recipe, data, settings, blocks)
+        left = started + seconds - reserve - time.monotonic()
+        settings = _with_steps(settings, *training_steps(left, layer, joint))
+        print(
+            f"{settings.layers.steps} layer steps of {layer:.1f} s, {settings.joint.steps} joint "
+            f"steps of {joint:.1f} s …",
+            flush=True,
+        )
         losses = []
-        records = distil(teacher, recipe, chosen_data({}, teacher), settings)
-        with closing(records):
+        with closing(distil(teacher, recipe, data, settings, start=blocks)) as records:
             for record in records:
-                if record.stage == "init":
-                    pictures["initialised"] = draw(teacher, record.student.averaged_blocks())
-                else:
+                if record.stage != "init":
                     losses.append((record.stage, record.loss))
-                if record.step % 10 == 0 or record.step == 1:
-                    print(line_of(record, time.monotonic() - started), flush=True)
-        pictures["distilled"] = draw(teacher, record.student.averaged_blocks())
+                    if record.step % 10 == 0 or record.step in (1, record.steps):
+                        print(line_of(record, time.monotonic() - started), flush=True)
+                # Two losses at least, without which there is no curve to see.
+                if len(losses) > 1 and time.monotonic() > started + seconds - reserve:
+                    print("The machine became slower than it was measured: stopped here.")
+                    break
+        pictures["distilled"] = draw(teacher, record.student.averaged_blocks(), steps, side)
         weights = weights_of(record.student, teacher, settings)
     figures = {name: psnr(pictures["teacher"], pictures[name]) for name in COLUMNS[1:]}
     sheet(pictures, figures).save(output / "distil_demo.png")
@@ -63,27 +112,87 @@ def distil_demo(output: Path, layers: int = LAYER_STEPS, joint: int = JOINT_STEP
     return figures
 
 
-def draw(teacher, blocks: Mapping):
-    """Pictures [B, 3, 64, 64] of the prompts, from equal noise; no blocks: the teacher's own."""
+def _with_steps(settings, layers: int, joint: int, **changes):
+    return replace(
+        settings,
+        layers=replace(settings.layers, steps=layers, batch=_BATCH),
+        joint=replace(settings.joint, steps=joint, batch=_BATCH),
+        **changes,
+    )
+
+
+def _data(teacher, side: int):
+    """The demo's pictures with their captions, at `side` pixels."""
+    import torch
+
+    from .distil import chosen_data
+
+    data = chosen_data({}, teacher)
+    if side != data.latents[0].shape[-1]:
+        pictures = torch.stack(list(data.latents))
+        smaller = torch.nn.functional.interpolate(pictures, (side, side), mode="area")
+        data = replace(data, latents=list(smaller))
+    return data
+
+
+def _untrained(teacher, recipe: Mapping) -> dict:
+    import torch
+
+    from ..deltaconv.distil.settings import new_blocks, read_plan
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return new_blocks(read_plan(recipe, teacher.dims), teacher.dims, "scaled")
+
+
+def _seconds_of_a_call(teacher, blocks: Mapping, side: int) -> float:
+    """The lesser of two: the first call of a kind allocates."""
+    import torch
+
+    from ..nodes.conditioning import encode_prompts
+
+    conditions = encode_prompts(teacher, PROMPTS, None)
+    x, times = torch.zeros(len(PROMPTS), 3, side, side), []
+    for _ in range(2):
+        since = time.monotonic()
+        with torch.no_grad():
+            teacher.predict(x, torch.ones(len(PROMPTS)), conditions, _visit(blocks))
+        times.append(time.monotonic() - since)
+    return min(times)
+
+
+def _seconds_per_step(teacher, recipe, data, settings, blocks: Mapping) -> tuple[float, float]:
+    """Seconds of one step of either stage, the second of two."""
+    from ..deltaconv.distil import distil
+
+    found = {}
+    for record in distil(teacher, recipe, data, _with_steps(settings, 2, 2), start=blocks):
+        found[record.stage] = record.seconds
+    return found["layers"], found["joint"]
+
+
+def draw(teacher, blocks: Mapping, steps: int, side: int):
+    """Pictures [B, 3, H, W] of the prompts, from equal noise; no blocks: the teacher's own."""
     import torch
 
     from ..deltaconv.distil import sample
     from ..nodes.conditioning import encode_prompts
 
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn((len(PROMPTS), 3, side, side), generator=generator)
+    (unconditional,) = encode_prompts(teacher, [""], None)
+    conditions = encode_prompts(teacher, PROMPTS, None)
+    latents = sample(teacher, conditions, unconditional, noise, steps=steps, visit=_visit(blocks))
+    return latents.clamp(-1, 1).cpu()
+
+
+def _visit(blocks: Mapping):
+    """The blocks in place of attention; None where there are none."""
+
     def student(site, x, attend):
         return blocks[site](x.float()).to(x.dtype) if site in blocks else attend()
 
-    noise = torch.randn((len(PROMPTS), 3, 64, 64), generator=torch.Generator().manual_seed(1))
-    (unconditional,) = encode_prompts(teacher, [""], None)
-    latents = sample(
-        teacher,
-        encode_prompts(teacher, PROMPTS, None),
-        unconditional,
-        noise,
-        steps=PICTURE_STEPS,
-        visit=student if blocks else None,
-    )
-    return latents.clamp(-1, 1).cpu()
+    return student if blocks else None
 
 
 def psnr(a, b) -> float:
@@ -93,19 +202,21 @@ def psnr(a, b) -> float:
 
 
 def sheet(pictures: Mapping, figures: Mapping[str, float]):
-    """One row per prompt, one labelled column per stage."""
-    from PIL import Image, ImageDraw
+    """One labelled row per prompt, one labelled column per stage."""
+    from PIL import Image, ImageDraw, ImageFont
 
     from ..deltaconv.compare import to_pil
 
-    tile, margin, top = 192, 12, 28
-    width = margin + len(COLUMNS) * (tile + margin)
+    tile, margin, top, labels = 192, 12, 40, 130
+    width = labels + len(COLUMNS) * (tile + margin)
     page = Image.new("RGB", (width, top + len(PROMPTS) * (tile + margin)), "white")
-    text = ImageDraw.Draw(page)
+    text, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    for row, prompt in enumerate(PROMPTS):
+        text.text((margin, top + row * (tile + margin) + tile // 2), prompt, "black", font)
     for column, name in enumerate(COLUMNS):
-        left = margin + column * (tile + margin)
+        left = labels + column * (tile + margin)
         caption = f"{name}, {figures[name]:.1f} dB" if name in figures else name
-        text.text((left, 8), caption, "black")
+        text.text((left, 10), caption, "black", font)
         for row, picture in enumerate(pictures[name]):
             image = to_pil((picture.movedim(0, -1) + 1) / 2)
             image = image.resize((tile, tile), Image.Resampling.NEAREST)

@@ -1,5 +1,6 @@
 """LATENTs and CONDITIONINGs in core's training conventions → a data set of the core."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,18 @@ from .teacher import ComfyTeacher
 
 
 def latents_of(teacher: ComfyTeacher, latents: Sequence[dict]) -> list[torch.Tensor]:
-    """LATENT list → one [C, H, W] per image, as the model works on them."""
+    """LATENT list → one [C, H, W] per image, as the model works on them.
+
+    Raises ValueError for latents of another model's number of channels.
+    """
+    channels = teacher.patcher.model.latent_format.latent_channels
+    for latent in latents:
+        shape = list(latent["samples"].shape)
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(
+                f"Expected latents [B, {channels}, H, W] for this model, got {shape}. Encode the "
+                "images with this model's own VAE."
+            )
     return [
         image.clone().float()
         for latent in latents
@@ -28,6 +40,19 @@ def conditions_of(positive: Sequence) -> list[tuple[torch.Tensor, dict]]:
         )
         for entry in entries
     ]
+
+
+def digest_of(entry: tuple[torch.Tensor, dict]) -> str:
+    """A name for one entry by its tensors, pooled ones included, equal for equal contents."""
+    digest = hashlib.sha256()
+    for name, value in [("", entry[0]), *sorted(entry[1].items(), key=lambda item: item[0])]:
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(repr(tuple(value.shape)).encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        elif isinstance(value, str | int | float | bool):
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
 
 
 def encode_prompts(teacher: ComfyTeacher, prompts: Sequence[str], clip) -> list:

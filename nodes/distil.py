@@ -119,6 +119,37 @@ class DeltaConvDistill(io.ComfyNode):
                     advanced=True,
                     tooltip="Latent height and width of own samples; 0: the family's usual size.",
                 ),
+                DeltaConv.Input(
+                    "start",
+                    optional=True,
+                    tooltip="Weights to go on from in place of an initialisation, say to bake a "
+                    "LoRA into them. Without a recipe their layers and kernels are kept.",
+                ),
+                io.Float.Input(
+                    "min_snr",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Joint stage: γ of Min-SNR weighting, 5 is usual; 0 leaves it out.",
+                ),
+                io.Boolean.Input(
+                    "eight_bit",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the optimiser's moments in 8 bits; needs bitsandbytes.",
+                ),
+                io.Int.Input(
+                    "samples_mb",
+                    default=1024,
+                    min=1,
+                    max=10_000_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Most megabytes that own samples may take, in memory and on disk.",
+                ),
             ],
             outputs=[
                 DeltaConv.Output(display_name="deltaconv"),

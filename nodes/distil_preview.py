@@ -1,5 +1,6 @@
 """What a running distillation shows in ComfyUI: progress with time left, pictures, the curve."""
 
+import logging
 import time
 
 import comfy.utils
@@ -8,6 +9,7 @@ import torch
 
 from ..deltaconv.distil import Record, sample
 from ..deltaconv.distil.plots import progress_picture
+from ..deltaconv.distil.record import is_out_of_memory
 
 _STEPS = 12
 _MOST = 2
@@ -36,8 +38,19 @@ class LivePreview:
             self.first = done
         preview = None
         if self.every and (record.step % self.every == 0 or done == self.total):
-            preview = ("JPEG", self._picture(record, done), 1024)
+            preview = self._preview(record, done)
         self.bar.update_absolute(done, self.total, preview)
+
+    def _preview(self, record: Record, done: int):
+        try:
+            return ("JPEG", self._picture(record, done), 1024)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # The training fits; pictures are not worth losing it.
+            logging.warning("ΔConv: out of memory for preview pictures, going on without them.")
+            self.every = 0
+            return None
 
     def _picture(self, record: Record, done: int):
         count = min(_MOST, len(self.dataset.latents))

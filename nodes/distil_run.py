@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import closing
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch
 
 from ..deltaconv.distil import (
     Dataset,
-    DistilSettings,
     StageSettings,
     default_kernels,
     default_settings,
@@ -21,7 +21,8 @@ from ..deltaconv.distil import (
 from ..deltaconv.distil.own_samples import own_samples
 from ..deltaconv.distil.report import distil_report
 from ..deltaconv.families import FAMILIES
-from .conditioning import conditions_of, encode_prompts, latents_of
+from ..deltaconv.fit import check_fit
+from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
 from .distil import KERNELS
 from .distil_preview import LivePreview
 from .folders import output_folder
@@ -37,8 +38,10 @@ def run(model, latents, positive, one) -> tuple:
 
 
 def _distil(teacher, settings, latents, positive, one) -> tuple:
-    recipe = _recipe(teacher, one.get("recipe"), one["kernels"])
+    start = one.get("start")
+    recipe = _recipe(teacher, one.get("recipe"), one["kernels"], start)
     family = FAMILIES.get(teacher.family)
+    gate = start.gate if start else family.gate if family else "scaled"
     folder = state_folder(one["folder"])
     if settings.joint.steps and teacher.why_not_differentiable:
         raise ValueError(f"The joint stage cannot run: {teacher.why_not_differentiable}")
@@ -51,7 +54,8 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
             recipe,
             dataset,
             settings,
-            gate=family.gate if family else "scaled",
+            gate=gate,
+            start={site: start.block(site).float() for site in start.sites} if start else None,
             folder=folder,
         )
         history = []
@@ -68,13 +72,15 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
     return weights, {"loss": losses or [history[-1].loss]}, report
 
 
-def _settings(one) -> DistilSettings:
+def _settings(one):
     common = {
         "seed": one["seed"],
         "save_every": one["save_every"],
         "precision": one["precision"],
         "checkpointing": one["gradient_checkpointing"],
         "init": one["initialisation"],
+        "min_snr": float(one.get("min_snr", 0.0)),
+        "eight_bit": one.get("eight_bit", False),
     }
     batch = {"batch": one["batch_size"], "accumulate": min(one["accumulate"], one["batch_size"])}
     layers = StageSettings(one["layer_steps"], lr=one["layer_rate"], **batch)
@@ -83,9 +89,16 @@ def _settings(one) -> DistilSettings:
     return make(**{**common, "layers": layers, "joint": joint})
 
 
-def _recipe(teacher: ComfyTeacher, recipe, kernels: str) -> dict:
+def _recipe(teacher: ComfyTeacher, recipe, kernels: str, start) -> dict:
+    if start is not None:
+        check_fit(start, teacher.dims, teacher.family)
     if recipe is not None:
         return {path: (step.kernel, list(step.scales)) for path, step in recipe.replaced.items()}
+    if start is not None:
+        return {
+            site: (geometry.kernel_size, list(start.scales[site]))
+            for site, geometry in start.sites.items()
+        }
     published = FAMILIES.get(teacher.family) if kernels == KERNELS[0] else None
     by_size = default_kernels(teacher.model_sites.levels)
     return {
@@ -109,24 +122,26 @@ def _dataset(teacher, settings, latents, positive, one, family):
     if not empty and (one.get("clip") is not None or not positive):
         empty = encode_prompts(teacher, [""], one.get("clip"))
     if not empty:
-        settings = DistilSettings.from_mapping({**settings.to_mapping(), "unconditional": 0.0})
+        settings = replace(settings, unconditional=0.0)
     unconditional = empty[0] if empty else conditions[0]
     if latents:
         return Dataset(latents_of(teacher, latents), conditions, unconditional), settings
     side = one["sample_size"] or (family.native_latent if family else 64)
     channels = teacher.patcher.model.latent_format.latent_channels
-    names = [f"{entry[0].double().sum().item()!r}" for entry in conditions]
+    layers = settings.layers
     dataset = own_samples(
         teacher,
         conditions,
-        names,
+        [digest_of(entry) for entry in conditions],
         unconditional,
         (channels, side, side),
         count=one["samples"],
         cfg=4.0 if empty else 1.0,
         seed=one["seed"],
-        batch=one["batch_size"],
+        batch=-(-layers.batch // layers.accumulate),
         cache=Path(output_folder()) / "distillation" / "samples",
+        max_bytes=one.get("samples_mb", 1024) * 2**20,
+        unconditional_name=digest_of(unconditional),
     )
     return dataset, settings
 

@@ -22,9 +22,9 @@ class DeltaConvEvaluate(io.ComfyNode):
             display_name="Evaluate ΔConv",
             category=CATEGORY,
             description="Compare a model with its ΔConv weights to the model itself: the error of "
-            "the predicted noise by noise level, of each layer alone, and PSNR and SSIM of "
-            "pictures from equal seeds.",
-            search_aliases=["ConvFusion evaluation", "psnr", "ssim"],
+            "the predicted noise by noise level, of each layer alone, and PSNR, SSIM, LPIPS and "
+            "CLIP score of pictures from equal seeds.",
+            search_aliases=["ConvFusion evaluation", "psnr", "ssim", "lpips", "clip score"],
             inputs=[
                 io.Model.Input("model"),
                 DeltaConv.Input("deltaconv"),
@@ -45,6 +45,15 @@ class DeltaConvEvaluate(io.ComfyNode):
                 io.Int.Input("steps", default=20, min=1, max=1000),
                 io.Float.Input("cfg", default=4.0, min=1.0, max=30.0, step=0.1),
                 io.Int.Input("levels", default=8, min=1, max=100, advanced=True),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="For the CLIP score: the text behind positive; with several "
+                    "conditionings one line each. LPIPS and CLIP score are taken where their "
+                    "libraries and weights are installed; nothing is downloaded.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="table"),
@@ -68,10 +77,12 @@ class DeltaConvEvaluate(io.ComfyNode):
         steps: int = 20,
         cfg: float = 4.0,
         levels: int = 8,
+        prompts: str = "",
     ) -> io.NodeOutput:
         # Imported here: distillation is large, and importing the pack stays quick.
         from ..deltaconv.distil.evaluate import evaluate
         from ..deltaconv.distil.plots import level_plot
+        from ..deltaconv.perceptual import perceptual_report
         from .conditioning import conditions_of
         from .teacher import ComfyTeacher
 
@@ -83,6 +94,7 @@ class DeltaConvEvaluate(io.ComfyNode):
             check_fit(deltaconv, teacher.dims, teacher.family)
             blocks = {site: deltaconv.block(site).float() for site in deltaconv.sites}
             conditions = conditions_of([positive])
+            texts = _texts(prompts, len(conditions))
             empty = conditions_of([negative])[0] if negative else conditions[0]
             bar = comfy.utils.ProgressBar(1)
             with teacher:
@@ -104,14 +116,29 @@ class DeltaConvEvaluate(io.ComfyNode):
             comparison = compare(*pictures)
             captions = [comparison.caption(index) for index in range(len(comparison.psnr))]
             grid = side_by_side(*pictures, "self-attention", "DeltaConv", captions)
-            table, psnr = f"{table}\n\n{comparison.report()}", comparison.mean_psnr
+            # A picture per conditioning and seed, in this order.
+            each = [text for text in texts for _ in numbers] or None
+            table += f"\n\n{comparison.report()}\n{perceptual_report(*pictures, each)}"
+            psnr = comparison.mean_psnr
         else:
-            table += "\n\nConnect a VAE for PSNR, SSIM and the grid."
+            table += "\n\nConnect a VAE for PSNR, SSIM, LPIPS, CLIP score and the grid."
         plot = level_plot(result)
         if plot is None:
             table += "\n\nThe plot needs matplotlib: pip install matplotlib"
             plot = torch.ones(1, 64, 64, 3)
         return io.NodeOutput(table, plot, grid, result.mse, psnr)
+
+
+def _texts(prompts: str, conditions: int) -> list[str]:
+    """One prompt per conditioning; [] where none is given."""
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if len(lines) > 1 and conditions == 1:
+        lines = [" ".join(lines)]
+    if lines and len(lines) != conditions:
+        raise ValueError(
+            f"Expected a line of prompts for each of {conditions} conditionings, got {len(lines)}."
+        )
+    return lines
 
 
 def _shape(teacher, latent) -> tuple[int, int, int]:

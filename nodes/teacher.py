@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import math
-from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.utils
@@ -12,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from torch.utils.checkpoint import checkpoint
 
 from ..deltaconv.distil.offsets import Projections
+from .encoded import EncodedConditions
 from .patch import detach, original_forward
 from .sites import (
     ModelSites,
@@ -44,7 +44,7 @@ class ComfyTeacher:
         self.device = torch.device(clone.load_device)
         self._visit = self._features = None
         self._recompute = False
-        self._encoded: dict[tuple, tuple[object, dict]] = {}
+        self._encoded = EncodedConditions(clone, self.device)
         self._trained: list[torch.nn.Parameter] = []
         self._was_training = False
         for site in self.model_sites.sites.values():
@@ -106,20 +106,29 @@ class ComfyTeacher:
         """x [B, C, H, W], sigma [B], one CONDITIONING entry per image → ε̂ in float32."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         options = self.patcher.model_options.get("transformer_options", {}).copy()
-        options["sigmas"], options["cond_or_uncond"] = sigma, [0]
+        options["cond_or_uncond"] = [0]
         if torch.is_grad_enabled() or self.device.type == "cpu":
             # Fast attentions such as Sage have no backward, and ComfyUI's default on a CPU saves
             # memory at twice the time or more. Another node's choice is left alone.
             options.setdefault("optimized_attention_override", differentiable_attention)
-        self._visit, self._features = visit, features
+        self._visit = visit
+        results, found, order = [], [], []
         try:
-            denoised = self.patcher.model.apply_model(
-                x, sigma, **self._conditions(conditions, x), transformer_options=options
-            )
+            for rows, arguments in self._encoded.batches(conditions, x):
+                self._features = {} if features is not None else None
+                whole = len(rows) == len(x)
+                part = (x, sigma) if whole else (x[rows], sigma[rows])
+                arguments["transformer_options"] = {**options, "sigmas": part[1]}
+                results.append(self.patcher.model.apply_model(*part, **arguments))
+                found.append(self._features)
+                order += rows
         finally:
             # A backward pass may still recompute with them; predict sets its own each time.
             if not (self._recompute and torch.is_grad_enabled()):
                 self._visit = self._features = None
+        if features is not None:
+            features.update({site: _in_order([f[site] for f in found], order) for site in found[0]})
+        denoised = _in_order(results, order)
         return (x - denoised.float()) / sigma[:, None, None, None]
 
     def checkpointing(self, active: bool) -> None:
@@ -128,13 +137,17 @@ class ComfyTeacher:
         if not active:
             self._visit = self._features = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in, whatever their weights are stored in."""
+        return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
+
     @torch.no_grad()
     def projections(self, site: str) -> Projections | None:
         """The site's query, key and value maps, as they act: LoRA, casting and storage included."""
         module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
         dim = self.dims[site]
-        dtype = self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
-        basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, dtype)[None]
+        basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
         if self.model_sites.patch_size is None:
             maps = [layer(basis)[0] for layer in (module.to_q, module.to_k, module.to_v)]
             heads = module.heads
@@ -235,31 +248,13 @@ class ComfyTeacher:
 
         return forward
 
-    def _conditions(self, conditions: Sequence, x: torch.Tensor) -> dict:
-        """CONDITIONING entries [tensor, options] → the model's keyword arguments, one row each."""
-        encoded = [self._encode(entry, x[:1]) for entry in conditions]
-        return {
-            name: encoded[0][name].concat([other[name] for other in encoded[1:]])
-            for name in encoded[0]
-        }
 
-    def _encode(self, entry, x: torch.Tensor) -> dict:
-        key = (id(entry), *x.shape[2:])
-        if key not in self._encoded:
-            if len(self._encoded) > 4096:
-                self._encoded.clear()
-            options = {"width": x.shape[3] * 8, "height": x.shape[2] * 8, **entry[1]}
-            tensor = entry[0].clone()
-            options |= {"cross_attn": tensor, "device": self.device, "noise": x.detach()}
-            options["prompt_type"] = "positive"
-            conds = self.patcher.model.extra_conds(**options)
-            conds = {
-                name: cond.process_cond(batch_size=1, device=self.device, area=None)
-                for name, cond in conds.items()
-            }
-            # The entry is kept beside its key: an id is only unique while its object lives.
-            self._encoded[key] = (entry, conds)
-        return self._encoded[key][1]
+def _in_order(parts: list[torch.Tensor], order: list[int]) -> torch.Tensor:
+    """Rows of `parts` [b, …], which are rows `order` of the whole → the whole [B, …]."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat(parts)
+    return joined[torch.tensor(order, device=joined.device).argsort()]
 
 
 def fingerprint(model: ModelPatcher) -> str:

@@ -1,12 +1,15 @@
 """`python dev.py distil`: a whole run on the packaged demo, at a small size, from a folder."""
 
 import json
+import time
 
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import demo, read_weights
 from comfyui_deltaconv.development import DevelopmentError
 from comfyui_deltaconv.development.distil import read_config, read_folder, run
+from comfyui_deltaconv.development.distil_demo import Pace, distil_demo, training_steps
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -81,6 +84,36 @@ def test_configuration_problems_are_listed_together(tmp_path):
         read_config(path)
     for word in ("model", "size", "preset", "more"):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("seconds", [0.005, 0.5, 5.0, 60.0])
+def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
+    """A fifth for pictures, an eighth for the initialisation, the rest halved between stages."""
+    pace = Pace(teacher=seconds, student=seconds / 2)
+    pictures = 2 * pace.picture_steps(310) * (seconds + 3 * seconds / 2)
+    init = 2 * pace.init_images(310) * seconds / 4
+    layers, joint = training_steps(150, seconds, 2 * seconds)
+    training = layers * seconds + joint * 2 * seconds
+    if seconds < 1:
+        assert pictures + init + training < 0.5 * 310 + 150
+    if seconds < 0.1:
+        assert (pace.picture_steps(310), layers, joint) == (20, 300, 300)
+    # However slow, each part is there.
+    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32 and layers and joint
+
+
+def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsys):
+    started = time.monotonic()
+    figures = distil_demo(tmp_path, seconds=20, side=16)
+    # What cannot be left out takes its time on a machine that does other things too.
+    assert time.monotonic() - started < 60
+    assert figures["untrained"] < min(figures["initialised"], figures["distilled"])
+    grid = Image.open(tmp_path / "distil_demo.png")
+    assert grid.width > 4 * 192 and grid.height > 4 * 192
+    assert Image.open(tmp_path / "distil_demo_loss.png").width > 400
+    assert len(read_weights(tmp_path / "distil_demo.safetensors").sites) == 10
+    said = capsys.readouterr().out
+    assert "layer steps of" in said and "joint" in said and "PSNR" in said
 
 
 def test_packaged_pictures_do_not_change():

@@ -190,14 +190,15 @@ def test_interrupt_saves_and_queueing_again_goes_on(model):
     assert f"resumed after {done} steps" in report
 
 
-def test_memory_after_is_memory_before(model):
+def test_memory_after_is_memory_before(model, differentiable):
     import comfy.model_management
 
-    node(model, folder="first")
+    stages = {"layer_steps": 2, "joint_steps": 2 * differentiable, "preview_every": 2}
+    node(model, folder="first", **stages)
     gc.collect()
     loaded = len(comfy.model_management.current_loaded_models)
     tensors = live_bytes()
-    node(model, folder="second")
+    node(model, folder="second", **stages)
     gc.collect()
     assert len(comfy.model_management.current_loaded_models) == loaded
     assert live_bytes() == pytest.approx(tensors, rel=0.01)
@@ -290,6 +291,39 @@ def test_short_layers_run_bakes_a_lora_into_the_blocks(model):
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
+def test_node_goes_on_from_weights_it_is_given(model):
+    """A LoRA is baked into weights that were made without it."""
+    weights, lora = read_weights(demo.DELTACONV_PATH), with_lora(model, 0.05)
+    trained = node(lora, start=weights, layer_steps=16, batch_size=4)[0]
+    assert (trained.sites, trained.scales) == (weights.sites, weights.scales)
+    # A first step's loss is that of the weights it began with.
+    first, last = (layer_errors(lora, given, 1)[0] for given in (weights, trained))
+    assert last < 0.9 * first
+
+
+def test_weights_to_start_from_must_fit_the_recipe(model):
+    site = "middle_block.1.transformer_blocks.0.attn1"
+    recipe = SimpleNamespace(replaced={site: SimpleNamespace(kernel=3, scales=(1.0,))})
+    with pytest.raises(DistilError, match=f"start from at {site}"):
+        node(model, recipe=recipe, start=read_weights(demo.DELTACONV_PATH))
+
+
+def test_latents_of_another_model_are_refused(model):
+    with pytest.raises(ValueError, match=r"Expected latents \[B, 3, H, W\].*got \[1, 4, 8, 8\]"):
+        node(model, latents={"samples": torch.zeros(1, 4, 8, 8)})
+    assert not Path(folder("run")).exists()
+
+
+def test_out_of_memory_for_a_preview_does_not_stop_the_training(model, monkeypatch):
+    from comfyui_deltaconv.nodes import distil_preview
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("out of memory, as the test asked")
+
+    monkeypatch.setattr(distil_preview, "sample", fails)
+    assert len(node(model, preview_every=1)[1]["loss"]) == 3
+
+
 def test_loss_falls_on_the_demo_teacher_and_informed_is_better(model):
     from comfyui_deltaconv.nodes.teacher import ComfyTeacher
 
@@ -331,6 +365,16 @@ def test_checkpointing_changes_no_gradient(model, differentiable):
     assert all(torch.allclose(plain[n], recomputed[n], atol=1e-6) for n in plain)
 
 
+def test_evaluate_node_wants_a_prompt_for_every_conditioning(model):
+    from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
+
+    both = conditioning("red apple") + conditioning("octopus")
+    with pytest.raises(ValueError, match="each of 2 conditionings, got 3"):
+        DeltaConvEvaluate.execute(
+            model, read_weights(demo.DELTACONV_PATH), positive=both, prompts="a\nb\nc"
+        )
+
+
 def test_evaluate_node_tells_good_weights_from_bad(model):
     from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
 
@@ -346,4 +390,5 @@ def test_evaluate_node_tells_good_weights_from_bad(model):
     bad = DeltaConvEvaluate.execute(model, node(model, layer_steps=1)[0], **inputs).args
     table, plot, grid, mse, psnr = good
     assert mse < bad[3] and psnr > bad[4]
+    assert "LPIPS needs" in table and "CLIP score needs the prompts" in table
     assert "PSNR" in table and plot.ndim == grid.ndim == 4 and grid.shape[-1] == 3

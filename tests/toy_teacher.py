@@ -23,6 +23,7 @@ class ToyTeacher(torch.nn.Module):
     family, base_model = "toy", "a toy"
     why_not_differentiable = ""
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, seed: int = 0):
         super().__init__()

@@ -1,7 +1,7 @@
 """Training data: latents with conditions, drawn in an order that a position and a seed fix."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,12 @@ class Batch:
     noise: torch.Tensor
     conditions: list[Condition]
 
-    def part(self, rows: slice) -> "Batch":
-        """Some of the images."""
-        return Batch(self.x[rows], self.sigma[rows], self.noise[rows], self.conditions[rows])
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """The images in at most `count` parts, equally large but for the last."""
+        size = -(-len(self) // count)
+        for at in range(0, len(self), size):
+            rows = slice(at, at + size)
+            yield Batch(self.x[rows], self.sigma[rows], self.noise[rows], self.conditions[rows])
 
     def __len__(self) -> int:
         return len(self.x)

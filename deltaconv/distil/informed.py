@@ -62,13 +62,18 @@ def refit(blocks: Mapping[str, DeltaConvBlock], replay: Replay) -> dict[str, flo
     for site, block in blocks.items():
         width = block.conv_out.in_features + block.dim + 1
         halves[site] = (Sums.empty(width, block.dim), Sums.empty(width, block.dim))
+    seen = dict.fromkeys(blocks, 0)
 
     def visit(site, x, attend):
         y = attend()
         if site in blocks:
-            for parity in range(min(2, len(x))):
-                features = _output_features(blocks[site], x[parity::2].float())
-                halves[site][parity].add(features.flatten(0, 2), y[parity::2].flatten(0, 2))
+            # Every other image, also where they come one by one.
+            for parity in range(2):
+                rows = slice((parity - seen[site]) % 2, None, 2)
+                if len(x[rows]):
+                    features = _output_features(blocks[site], x[rows].float())
+                    halves[site][parity].add(features.flatten(0, 2), y[rows].flatten(0, 2))
+            seen[site] += len(x)
         return y
 
     replay(visit, False)

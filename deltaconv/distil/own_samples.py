@@ -29,14 +29,15 @@ def own_samples(
     batch: int = 4,
     cache: Path | None = None,
     max_bytes: int = 2**30,
+    unconditional_name: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
     """`count` samples [C, H, W] of the teacher, cycling through `conditions`, as a data set.
 
-    `names` says what each condition is, for the cache's key. Points of every trajectory are kept in
-    float16, as many as fit `max_bytes` in all; `cache`, where given, keeps them on disk and loses
-    the oldest samples of other settings when it grows beyond that. Raises DistilError where not
-    even the finished samples fit.
+    `names` and `unconditional_name` say what the conditions are, for the cache's key. Points of
+    every trajectory are kept in float16, as many as fit `max_bytes` in all; `cache`, where given,
+    keeps them on disk and loses the oldest samples of other settings when it grows beyond that.
+    Raises DistilError where not even the finished samples fit.
     """
     if not conditions or len(names) != len(conditions):
         raise DistilError(f"Expected prompts to draw samples from, got {len(conditions)}.")
@@ -48,7 +49,8 @@ def own_samples(
             f"{max_bytes}. Allow more, or draw fewer."
         )
     which = [round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)]
-    key = _key(teacher.fingerprint, list(names), shape, count, steps, cfg, seed, kept)
+    named = [*names, unconditional_name]
+    key = _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept)
     latents, paths = [], []
     for start in range(0, count, batch):
         rows = range(start, min(start + batch, count))

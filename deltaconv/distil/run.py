@@ -9,12 +9,13 @@ import torch
 
 from ..block import DeltaConvBlock
 from .data import Batch, Dataset, draw
-from .informed import Replay, initialise, refit
+from .informed import initialise, refit
 from .record import Record, is_out_of_memory, memory_in_use
+from .replay import replay_of
 from .settings import DistilError, DistilSettings, StageSettings, new_blocks, read_plan
 from .stages import joint_losses, layer_losses
 from .state import State, load_state, save_state, state_files
-from .student import Optimiser, Student
+from .student import Optimiser, Student, take_weights
 from .teacher import Teacher
 
 
@@ -31,11 +32,11 @@ def distil(
 ) -> Iterator[Record]:
     """Distil `teacher` into ΔConvBlocks, yielding a record per step.
 
-    `recipe` maps site → (kernel, scales), or a kernel alone. `start`, where given, holds blocks to
-    go on from in place of an initialisation. `folder` takes the states; one that
-    holds some is gone on with, or refused where `resume` is False. Closing the generator, as an
-    interrupt does, saves first. Raises DistilError before anything is changed where the settings,
-    the recipe or the folder's state do not fit.
+    `recipe` maps site → (kernel, scales), or a kernel alone. `start`, where given, holds blocks
+    that are gone on from in place of an initialisation, of all sites or some. `folder` takes the
+    states; one that holds some is gone on with, or refused where `resume` is False. Closing the
+    generator, as an interrupt does, saves first. Raises DistilError before anything is changed
+    where the settings, the recipe or the folder's state do not fit.
     """
     return _Run(teacher, recipe, dataset, settings, gate, start, folder, resume).records()
 
@@ -62,10 +63,9 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             blocks = new_blocks(self.plans, teacher.dims, gate)
-        self.started_from = start is not None
-        for site, block in (start or {}).items():
-            if site in blocks:
-                blocks[site].load_state_dict(block.state_dict())
+        self.given = {site: block for site, block in (start or {}).items() if site in blocks}
+        for site, block in self.given.items():
+            take_weights(site, blocks[site], block)
         self.student = Student(blocks, settings, teacher.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.stage, self.step, self.position, self.number = "layers", 0, 0, 0
@@ -75,6 +75,8 @@ class _Run:
         self.optimiser = self._new_optimiser()
         self.saved_number: int | None = None
         self.initialised = self.yielded = False
+        # False while weights, optimiser and counters belong to different steps.
+        self.whole = True
         self.notes: list[str] = []
         # The loss of every training step so far, across resumed runs.
         self.history: list[float] = []
@@ -101,12 +103,18 @@ class _Run:
     def _init(self) -> Iterator[Record]:
         started = time.monotonic()
         errors: Mapping[str, float] = {}
-        if self.settings.init == "informed" and not self.started_from:
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            errors = self._on_cpu(
-                lambda blocks: initialise(
-                    blocks, self._replay(), self.teacher.projections, generator
-                )
+        rest = self.student.blocks.keys() - self.given.keys()
+        if self.settings.init == "informed" and rest:
+            errors = self._within_memory(
+                self.settings.layers,
+                lambda: self._on_cpu(
+                    lambda blocks: initialise(
+                        {site: block for site, block in blocks.items() if site in rest},
+                        self._replay(),
+                        self.teacher.projections,
+                        torch.Generator().manual_seed(self.settings.seed),
+                    )
+                ),
             )
         self.initialised = True
         yield self._record("init", 1, 1, errors, 0.0, started, self.settings.init_images)
@@ -117,17 +125,20 @@ class _Run:
         self.teacher.checkpointing(joint and self.settings.checkpointing)
         while self.step < stage.steps:
             started = time.monotonic()
-            batch = self._draw(stage, joint)
-            losses = self._losses_within_memory(stage, batch, joint)
+            batch = self._draw(stage)
+            losses = self._within_memory(
+                stage, lambda batch=batch: self._losses(stage, batch, joint)
+            )
             total = sum(losses.values()) if joint else sum(losses.values()) / len(losses)
             lr = self.optimiser.lr(self.step)
-            if note := self.optimiser.update(self.step, total):
+            if note := self._update(total):
                 self.notes.append(note)
             self.step += 1
             self.number += 1
             self.position += 1
             self.rng = self.generator.get_state()
             self.history.append(total)
+            self.whole = True
             saved = self._save() if self.number % self.settings.save_every == 0 else ""
             yield self._record(
                 self.stage, self.step, stage.steps, losses, lr, started, stage.batch, total, saved
@@ -139,7 +150,9 @@ class _Run:
             return
         if stage.refit and stage.steps:
             self.student.adopt_average()
-            self._on_cpu(lambda blocks: refit(blocks, self._replay()))
+            self._within_memory(
+                stage, lambda: self._on_cpu(lambda blocks: refit(blocks, self._replay()))
+            )
         # With no stage to follow, a resumed run may still be given more steps of this one.
         if self.settings.joint.steps:
             self.student.adopt_average()
@@ -147,7 +160,7 @@ class _Run:
             self.student.restart_average()
             self.optimiser = self._new_optimiser()
 
-    def _draw(self, stage: StageSettings, joint: bool) -> Batch:
+    def _draw(self, stage: StageSettings) -> Batch:
         return draw(
             self.dataset,
             self.teacher,
@@ -159,31 +172,39 @@ class _Run:
             trajectory_share=self.settings.trajectory_share if self.dataset.trajectories else 0.0,
         )
 
-    def _losses_within_memory(self, stage, batch, joint) -> dict[str, float]:
+    def _update(self, total: float) -> str:
+        self.whole = False
         try:
-            return self._losses(stage, batch, joint)
+            return self.optimiser.update(self.step, total)
+        except DistilError:
+            # The guard stops before it changes anything.
+            self.whole = True
+            raise
+
+    def _parts(self, stage: StageSettings) -> int:
+        return min(stage.accumulate * self.more_parts, stage.batch)
+
+    def _within_memory(self, stage: StageSettings, compute: Callable[[], dict]) -> dict:
+        """What `compute` gives, called again with parts of half the size where memory ran out."""
+        try:
+            return compute()
         except RuntimeError as error:
-            parts = min(stage.accumulate * self.more_parts, len(batch))
-            if not is_out_of_memory(error) or self.more_parts > 1 or parts >= len(batch):
+            before = self._parts(stage)
+            if not is_out_of_memory(error) or self.more_parts > 1 or before >= stage.batch:
                 raise
             self.more_parts = 2
-            self.notes.append(
-                f"out of memory: {-(-len(batch) // min(2 * parts, len(batch)))} images at a time "
-                "from here on"
-            )
+            images = -(-stage.batch // self._parts(stage))
+            self.notes.append(f"out of memory: {images} images at a time from here on")
         # Outside the handler, which keeps the failed step's tensors alive.
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self._losses(stage, batch, joint)
+        return compute()
 
     def _losses(self, stage: StageSettings, batch: Batch, joint: bool) -> dict[str, float]:
         """Gradients of the whole batch, part by part; loss by name, mean over its images."""
         self.optimiser.zero()
-        parts = min(stage.accumulate * self.more_parts, len(batch))
-        size = -(-len(batch) // parts)
         totals: dict[str, torch.Tensor] = {}
-        for at in range(0, len(batch), size):
-            part = batch.part(slice(at, at + size))
+        for part in batch.parts(self._parts(stage)):
             share = len(part) / len(batch)
             arguments = (self.teacher, self.student, part, share, self.optimiser.backward)
             losses = joint_losses(*arguments, self.settings) if joint else layer_losses(*arguments)
@@ -191,28 +212,9 @@ class _Run:
                 totals[name] = totals.get(name, 0.0) + loss.double() * share
         return {name: float(total) for name, total in totals.items()}
 
-    def _replay(self) -> Replay:
-        """Runs the teacher over the same images every time, apart from the training's own order."""
-        batch = self.settings.layers.batch
-        settings = self.settings
-
-        def replay(visit: Callable, first_batch_only: bool) -> None:
-            generator = torch.Generator().manual_seed(settings.seed ^ 0x5EED)
-            count = 1 if first_batch_only else -(-settings.init_images // batch)
-            for position in range(count):
-                inputs = draw(
-                    self.dataset,
-                    self.teacher,
-                    generator,
-                    seed=settings.seed ^ 0x5EED,
-                    batch=batch,
-                    position=position,
-                    unconditional=settings.unconditional,
-                )
-                with torch.no_grad():
-                    self.teacher.predict(inputs.x, inputs.sigma, inputs.conditions, visit)
-
-        return replay
+    def _replay(self) -> Callable:
+        layers = self.settings.layers
+        return replay_of(self.teacher, self.dataset, self.settings, lambda: self._parts(layers))
 
     def _on_cpu(self, change: Callable) -> dict[str, float]:
         """Apply `change` to the blocks on the CPU, and begin the average at what it made."""
@@ -228,7 +230,9 @@ class _Run:
 
     def _new_optimiser(self) -> Optimiser:
         stage = getattr(self.settings, self.stage)
-        return Optimiser(self.student, stage, self.settings)
+        # The joint stage's gradients come through the base.
+        scaled = self.stage == "joint" and self.teacher.dtype == torch.float16
+        return Optimiser(self.student, stage, self.settings, scaled)
 
     def _record(self, stage, step, steps, losses, lr, started, images, total=None, saved=""):
         seconds = time.monotonic() - started
@@ -258,6 +262,9 @@ class _Run:
     def _save(self) -> Path | str:
         """Save what the last whole step left; nothing where that is saved already."""
         if self.folder is None or not self.initialised or self.saved_number == self.number:
+            return ""
+        if not self.whole:
+            # Stopped within an update: the state before is the last good one.
             return ""
         history = torch.tensor(self.history, dtype=torch.float64)
         tensors = {"rng": self.rng, "history": history}
@@ -296,7 +303,8 @@ class _Run:
         }
         self.student.averaged = progress["averaged"]
         self.optimiser = self._new_optimiser()
-        self.optimiser.load(state.group("optimiser"))
+        if not self.optimiser.load(state.group("optimiser")):
+            self.notes.append("optimiser begun anew: the state holds another kind's moments")
         self.optimiser.bad, self.optimiser.rate = progress["bad"], progress["rate"]
         if progress["scaler"] and self.optimiser.scaler.is_enabled():
             self.optimiser.scaler.load_state_dict(progress["scaler"])

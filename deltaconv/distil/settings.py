@@ -49,7 +49,7 @@ class DistilSettings:
     losses: Mapping[str, float] = field(default_factory=lambda: {"teacher": 1.0})
     # γ of Min-SNR weighting of the noise and teacher losses; 0 leaves it out.
     min_snr: float = 0.0
-    # Share of the joint stage's images on stored trajectory points, where the data has any.
+    # Share of the images on stored trajectory points, where the data has any.
     trajectory_share: float = 0.5
     unconditional: float = 0.1
     ema: float = 0.99

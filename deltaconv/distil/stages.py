@@ -20,9 +20,9 @@ def layer_losses(
     """Every block regresses its own layer in one teacher pass: site → loss over output power.
 
     No gradient passes through the base; each block's graph is freed before the next site runs.
-    `share` is this part's weight in the step.
+    `share` is this part's weight in the step. A host may show a site its images in several turns.
     """
-    losses = {}
+    losses: Losses = {}
 
     def visit(site, x, attend):
         y = attend()
@@ -32,9 +32,9 @@ def layer_losses(
                 # A clone where the host computes in inference mode: those tensors cannot be saved.
                 source = x.clone() if x.is_inference() else x.detach()
                 error = F.mse_loss(student.run(site, source).float(), target)
-                loss = error / target.square().mean().clamp_min(1e-12)
+                loss = error / target.square().mean().clamp_min(1e-12) * (len(x) / len(batch))
                 backward(loss * share)
-            losses[site] = loss.detach()
+            losses[site] = losses.get(site, 0.0) + loss.detach()
         return y
 
     with torch.no_grad():

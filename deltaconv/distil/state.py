@@ -17,7 +17,7 @@ from ..weight_file import write_atomically
 from .settings import DistilError
 
 FORMAT = "1"
-_NAME = re.compile(r"state-(\d{8})\.safetensors")
+_NAME = re.compile(r"state-(\d{8,})\.safetensors")
 _KEPT = 2
 
 
@@ -38,13 +38,18 @@ def state_files(folder: Path) -> list[Path]:
     """The state files of a folder, newest first; [] where there is none."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def save_state(folder: Path, number: int, state: State, identity: Mapping[str, object]) -> Path:
-    """Write state `number` whole, then remove all but the last two; returns its path.
+    """Write state `number` whole, then remove all but it and the one before; returns its path.
 
-    `identity` is what a resumed run must agree in: base, recipe, settings.
+    `identity` is what a resumed run must agree in: base and recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"state-{number:08d}.safetensors"
@@ -55,7 +60,9 @@ def save_state(folder: Path, number: int, state: State, identity: Mapping[str, o
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
     write_atomically(tensors, metadata, path, overwrite=True)
-    for old in state_files(folder)[_KEPT:]:
+    # What has a higher number was damaged, or this run would have begun there.
+    earlier = [old for old in state_files(folder) if _number(old) <= number]
+    for old in earlier[_KEPT:]:
         old.unlink(missing_ok=True)
     # What a killed run left half-written under its temporary name.
     for part in folder.glob(".state-*.part"):
@@ -69,7 +76,7 @@ def load_state(
     """The newest readable state of `folder`; None where it has none.
 
     `shapes` names the student's tensors. Raises DistilError where the state belongs to another
-    base, recipe or settings, naming which, and where every file is damaged.
+    base or recipe, naming which, and where every file is damaged.
     """
     damaged = []
     for path in state_files(folder):
@@ -153,15 +160,25 @@ def _problem(state: State, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return _moments_problem(state.group("optimiser"), shapes)
 
 
+def eight_bit(moments: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an optimiser's tensors are those of bitsandbytes."""
+    return any(key.endswith(".state1") for key in moments)
+
+
 def _moments_problem(
     moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
     for key, tensor in moments.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"its optimiser is not finite in {key}"
-    # Eight-bit moments come in blocks of their own names and shapes.
-    if not moments or any(key.endswith(".state1") for key in moments):
+    if not moments:
         return ""
+    if eight_bit(moments):
+        wanted = {f"{name}.state{n}": shape for name, shape in shapes.items() for n in (1, 2)}
+        found = {key: tuple(moments[key].shape) for key in wanted if key in moments}
+        steps = {f"{name}.step" for name in shapes}
+        whole = found == wanted and steps <= moments.keys()
+        return "" if whole else "its optimiser is not an eight-bit AdamW's"
     expected = {}
     for name, shape in shapes.items():
         expected |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}

@@ -7,6 +7,7 @@ import torch
 
 from ..block import DeltaConvBlock
 from .settings import DistilError, DistilSettings, StageSettings
+from .state import eight_bit
 
 
 class Student:
@@ -74,9 +75,18 @@ class Student:
 
 
 class Optimiser:
-    """AdamW for one stage, with its schedule, clipping, loss scaling and non-finite guard."""
+    """AdamW for one stage, with its schedule, clipping, loss scaling and non-finite guard.
 
-    def __init__(self, student: Student, stage: StageSettings, settings: DistilSettings):
+    `scaled` scales the loss, as float16 anywhere on the gradients' way needs it.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        stage: StageSettings,
+        settings: DistilSettings,
+        scaled: bool = False,
+    ):
         self.student, self.stage, self.settings = student, stage, settings
         self.adamw = _adamw(settings)(
             student.parameters.values(),
@@ -84,7 +94,7 @@ class Optimiser:
             betas=stage.betas,
             weight_decay=stage.weight_decay,
         )
-        scaled = settings.precision == "float16"
+        scaled = scaled or settings.precision == "float16"
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=scaled)
         # Non-finite steps in a row, and what the guard has made of the rate.
         self.bad, self.rate = 0, 1.0
@@ -120,16 +130,19 @@ class Optimiser:
             for block in self.student.blocks.values()
         ]
         finite = all(norm.isfinite() for norm in norms)
-        # With loss scaling, overflowing gradients are how the scale is found: no fault.
-        if not math.isfinite(loss) or not (finite or self.scaler.is_enabled()):
+        # With loss scaling, overflowing gradients are how the scale is found: no fault, unless
+        # they overflow without any.
+        searching = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (finite or searching):
             self.zero()
             if self.scaler.is_enabled():
                 self.scaler.update()
             return self._guard()
         self.scaler.step(self.adamw)
         self.scaler.update()
-        self.bad = 0
-        self.student.average()
+        if finite:
+            self.bad = 0
+            self.student.average()
         return ""
 
     def _guard(self) -> str:
@@ -146,26 +159,41 @@ class Optimiser:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything of AdamW that a resumed run needs, by `<parameter>.<entry>`."""
-        names = list(self.student.parameters)
         return {
-            f"{names[index]}.{entry}": torch.as_tensor(value)
-            for index, values in self.adamw.state_dict()["state"].items()
-            for entry, value in values.items()
+            f"{name}.{entry}": torch.as_tensor(value)
+            for name, parameter in self.student.parameters.items()
+            for entry, value in self.adamw.state.get(parameter, {}).items()
         }
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take up what `tensors` gave."""
-        state = self.adamw.state_dict()
-        state["state"] = {}
-        for index, name in enumerate(self.student.parameters):
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Take up what `tensors` gave; False, and nothing taken, where another AdamW gave it."""
+        if tensors and eight_bit(tensors) != self.settings.eight_bit:
+            return False
+        for name, parameter in self.student.parameters.items():
             entries = {
-                key.removeprefix(f"{name}."): value.clone()
+                key.removeprefix(f"{name}."): value
                 for key, value in tensors.items()
                 if key.startswith(f"{name}.")
             }
             if entries:
-                state["state"][index] = entries
-        self.adamw.load_state_dict(state)
+                # The count of steps stays on the CPU; bitsandbytes wants it as a number.
+                step = entries.pop("step")
+                self.adamw.state[parameter] = {
+                    "step": int(step) if self.settings.eight_bit else step,
+                    **{entry: value.to(parameter.device) for entry, value in entries.items()},
+                }
+        return True
+
+
+def take_weights(site: str, block: DeltaConvBlock, given: DeltaConvBlock) -> None:
+    """Give `block` the weights of `given`; raises DistilError unless they are built alike."""
+    shapes = [{n: tuple(t.shape) for n, t in b.state_dict().items()} for b in (block, given)]
+    if shapes[0] != shapes[1] or (block.scales, block.gate) != (given.scales, given.gate):
+        raise DistilError(
+            f"Expected a block to start from at {site} as the recipe has it ({block}), got "
+            f"{given}. Change the recipe, or leave it out."
+        )
+    block.load_state_dict(given.state_dict())
 
 
 def _adamw(settings: DistilSettings) -> type[torch.optim.Optimizer]:

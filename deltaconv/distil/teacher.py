@@ -23,6 +23,8 @@ class Teacher(Protocol):
     family: str
     base_model: str
     device: torch.device
+    # What its layers compute in, whatever they are stored in.
+    dtype: torch.dtype
     # Whether gradients pass through its weights; "" or the reason why not.
     why_not_differentiable: str
 
@@ -45,7 +47,8 @@ class Teacher(Protocol):
         """x [B, C, H, W], sigma [B] → ε̂ = (x − x̂₀) / sigma in float32.
 
         `visit` stands in for every site's attention; `features`, where given, is filled with the
-        hidden state after each site's residual add. The caller sets the gradient mode.
+        hidden state after each site's residual add. Images whose conditions do not fit into one
+        call may come to `visit` in several. The caller sets the gradient mode.
         """
 
     def checkpointing(self, active: bool) -> None:

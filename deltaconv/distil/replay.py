@@ -1,0 +1,39 @@
+"""The teacher run over the same images again and again, for what is solved and not trained."""
+
+from collections.abc import Callable
+
+import torch
+
+from .data import Dataset, draw
+from .informed import Replay
+from .settings import DistilSettings
+from .teacher import Teacher
+
+
+def replay_of(
+    teacher: Teacher, dataset: Dataset, settings: DistilSettings, parts: Callable[[], int]
+) -> Replay:
+    """Runs the teacher over `init_images`, apart from the training's own order of images.
+
+    Every batch is computed in `parts()` parts, as the layers stage computes it.
+    """
+    batch, seed = settings.layers.batch, settings.seed ^ 0x5EED
+
+    def replay(visit: Callable, first_batch_only: bool) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        count = 1 if first_batch_only else -(-settings.init_images // batch)
+        for position in range(count):
+            inputs = draw(
+                dataset,
+                teacher,
+                generator,
+                seed=seed,
+                batch=batch,
+                position=position,
+                unconditional=settings.unconditional,
+            )
+            for part in inputs.parts(parts()):
+                with torch.no_grad():
+                    teacher.predict(part.x, part.sigma, part.conditions, visit)
+
+    return replay

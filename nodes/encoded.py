@@ -1,0 +1,64 @@
+"""CONDITIONING entries as what the model's forward takes, joined into batches where they fit."""
+
+from collections.abc import Sequence
+
+import torch
+
+# Entries kept encoded; more than any batch, less than a data set of long captions costs.
+_KEPT = 4096
+
+
+class EncodedConditions:
+    """Remembers what each entry [tensor, options] became for a size of latent."""
+
+    def __init__(self, patcher, device: torch.device):
+        self.patcher, self.device = patcher, device
+        self._encoded: dict[tuple, tuple[object, dict]] = {}
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self._encoded.clear()
+
+    def batches(self, entries: Sequence, x: torch.Tensor) -> list[tuple[list[int], dict]]:
+        """One entry per row of x [B, C, H, W] → (rows, keyword arguments) of every forward needed.
+
+        Captions of several lengths may not fit into one forward: ComfyUI runs those apart too.
+        """
+        groups: list[tuple[list[int], list[dict]]] = []
+        for row, entry in enumerate(entries):
+            conds = self._encode(entry, x[:1])
+            group = next((g for g in groups if _fit(g[1][0], conds)), None)
+            if group is None:
+                groups.append(([row], [conds]))
+            else:
+                group[0].append(row)
+                group[1].append(conds)
+        return [(rows, _joined(conds)) for rows, conds in groups]
+
+    def _encode(self, entry, x: torch.Tensor) -> dict:
+        key = (id(entry), *x.shape[2:])
+        if key not in self._encoded:
+            if len(self._encoded) > _KEPT:
+                self._encoded.clear()
+            options = {"width": x.shape[3] * 8, "height": x.shape[2] * 8, **entry[1]}
+            tensor = entry[0].clone()
+            options |= {"cross_attn": tensor, "device": self.device, "noise": x.detach()}
+            options["prompt_type"] = "positive"
+            conds = self.patcher.model.extra_conds(**options)
+            conds = {
+                name: cond.process_cond(batch_size=1, device=self.device, area=None)
+                for name, cond in conds.items()
+            }
+            # The entry is kept beside its key: an id is only unique while its object lives.
+            self._encoded[key] = (entry, conds)
+        return self._encoded[key][1]
+
+
+def _fit(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[name].can_concat(b[name]) for name in a)
+
+
+def _joined(conds: list[dict]) -> dict:
+    return {
+        name: first.concat([other[name] for other in conds[1:]]) for name, first in conds[0].items()
+    }
