@@ -1,7 +1,8 @@
 """`python -m comfyui_deltaconv.kernels.selftest`: may the ops be trusted on this device?
 
 Every dtype and kernel size is compared with the float64 definition and allowed what torch's own
-operators lose in that dtype. Ends within its time limit and says what it did not get to.
+operators lose in that dtype: first forward, which is all that drawing needs, then backward. Ends
+within its time limit and says what it did not get to; what is compiled already takes no time again.
 """
 
 import argparse
@@ -16,22 +17,25 @@ from . import dispatch
 from .accuracy import Case, forward_errors, gradient_errors, make_inputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DIRECTIONS = ("forward", "backward")
 KERNEL_SIZES = (3, 5, 7, 9, 11, 13, 15, 17)
 SECONDS = 30.0
 
 
 class Verdict(NamedTuple):
-    """One dtype and kernel size; `trusted` None: there was no time for it."""
+    """One dtype, kernel size and direction; `trusted` None: there was no time for it."""
 
     dtype: torch.dtype
     kernel_size: int
+    direction: str
     implementation: str
     trusted: bool | None
     reason: str
 
     def __str__(self) -> str:
         word = {True: "ok", False: "DO NOT TRUST", None: "not tested"}[self.trusted]
-        line = f"{_name(self.dtype):<9} k={self.kernel_size:<3} {self.implementation:<7} {word}"
+        name = f"{_name(self.dtype):<9} k={self.kernel_size:<3} {self.direction:<9}"
+        line = f"{name} {self.implementation:<7} {word}"
         return f"{line}: {self.reason}" if self.reason else line
 
 
@@ -40,23 +44,23 @@ def self_test(
     seconds: float = SECONDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Verdict]:
-    """A verdict per kernel size and dtype, forward and backward, as they come.
+    """A verdict per direction, dtype and kernel size, as they come.
 
     `progress(done, total)` is called behind each and may raise to stop.
     """
     device = torch.device(device)
     deadline = time.monotonic() + seconds
-    plan = [(size, dtype) for size in KERNEL_SIZES for dtype in DTYPES]
-    for done, (size, dtype) in enumerate(plan):
+    plan = [(dtype, size, way) for way in DIRECTIONS for dtype in DTYPES for size in KERNEL_SIZES]
+    for done, (dtype, size, way) in enumerate(plan):
         if time.monotonic() > deadline:
-            yield Verdict(dtype, size, "", None, f"the {seconds:.0f} s were over")
+            yield Verdict(dtype, size, way, "", None, f"the {seconds:.0f} s were over")
         else:
-            yield _verdict(device, dtype, size)
+            yield _verdict(device, dtype, size, way)
         if progress is not None:
             progress(done + 1, len(plan))
 
 
-def _verdict(device: torch.device, dtype: torch.dtype, size: int) -> Verdict:
+def _verdict(device: torch.device, dtype: torch.dtype, size: int, direction: str) -> Verdict:
     # Ragged on purpose: odd sides, two images, a row of tiles that is not full.
     gate = "sigmoid" if size in (5, 13) else "scaled"
     case = Case(2, 23, 37, 64, size, gate=gate)
@@ -64,31 +68,37 @@ def _verdict(device: torch.device, dtype: torch.dtype, size: int) -> Verdict:
     try:
         # Nodes run in inference mode, where no gradient can be recorded.
         with torch.inference_mode(False), torch.enable_grad():
-            errors = forward_errors(case, dtype, device)
-            errors += gradient_errors(case._replace(batch=1, height=11), dtype, device)
+            if direction == "forward":
+                errors = forward_errors(case, dtype, device)
+            else:
+                errors = gradient_errors(case._replace(batch=1, height=11), dtype, device)
         implementation = implementation_of(case, dtype, device)
     except Exception as error:
         # Whatever a driver or a compiler raises is the user's answer, not a crash.
-        return Verdict(dtype, size, implementation, False, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return Verdict(dtype, size, direction, implementation, False, reason)
     bad = [
         f"{name} is off by {ours.worst:.1e}, torch's own operators by {own.worst:.1e}"
         for name, ours, own in errors
         if not ours.within(own, dtype)
     ]
-    return Verdict(dtype, size, implementation, not bad, "; ".join(bad))
+    return Verdict(dtype, size, direction, implementation, not bad, "; ".join(bad))
 
 
 def report(verdicts: Sequence[Verdict]) -> str:
-    """A grid of dtypes and kernel sizes, a reason for each that is not trusted, and what to do."""
-    found = {(verdict.dtype, verdict.kernel_size): verdict for verdict in verdicts}
-    sizes = sorted({size for _, size in found})
+    """A grid of what may be trusted, a reason for each that may not, and what to do."""
+    rows: dict[str, dict[int, Verdict]] = {}
+    for verdict in verdicts:
+        row = rows.setdefault(f"{_name(verdict.dtype)} {verdict.direction}", {})
+        row[verdict.kernel_size] = verdict
+    sizes = sorted({verdict.kernel_size for verdict in verdicts})
     word = {True: "yes", False: "NO", None: "?"}
-    lines = ["may be trusted".ljust(16) + "".join(f"{f'k={size}':>6}" for size in sizes)]
-    for dtype in dict.fromkeys(verdict.dtype for verdict in verdicts):
-        words = "".join(f"{word[found[dtype, size].trusted]:>6}" for size in sizes)
-        lines.append(f"{_name(dtype):<16}{words}")
+    lines = ["may be trusted".ljust(18) + "".join(f"{f'k={size}':>6}" for size in sizes)]
+    for name, row in rows.items():
+        lines.append(name.ljust(18) + "".join(f"{word[row[size].trusted]:>6}" for size in sizes))
     ran = dict.fromkeys(verdict.implementation for verdict in verdicts if verdict.implementation)
     lines += ["", f"What ran: {' and '.join(ran) or 'nothing'}. A ? had no time."]
+    lines += ["Drawing needs forward alone, distillation both."]
     wrong = [verdict for verdict in verdicts if verdict.trusted is False]
     lines += map(str, wrong)
     return "\n".join([*lines, _advice(wrong, sum(v.trusted is None for v in verdicts))])

@@ -221,7 +221,9 @@ def test_error_budget_sees_what_is_wrong():
 def test_self_test_trusts_torch_and_stops_in_time(monkeypatch):
     monkeypatch.setattr(selftest, "KERNEL_SIZES", (3, 17))
     verdicts = list(selftest.self_test("cpu", seconds=1000))
-    assert len(verdicts) == len(selftest.DTYPES) * len(selftest.KERNEL_SIZES)
+    assert len(verdicts) == 2 * len(selftest.DTYPES) * len(selftest.KERNEL_SIZES)
+    # Drawing needs forward alone, so that comes first.
+    assert verdicts[5].direction == "forward" and verdicts[6].direction == "backward"
     assert all(verdict.trusted for verdict in verdicts), [str(v) for v in verdicts]
     assert {verdict.implementation for verdict in verdicts} == {"torch"}
     assert {verdict.trusted for verdict in selftest.self_test("cpu", seconds=-1)} == {None}

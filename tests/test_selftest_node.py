@@ -4,6 +4,7 @@ import pytest
 import torch
 from comfyui_deltaconv.kernels import accuracy, selftest, torch_forms
 
+DTYPES = ("float16", "bfloat16", "float32")
 pytestmark = pytest.mark.usefixtures("comfy")
 
 
@@ -23,15 +24,15 @@ def run(**inputs):
 
 
 def grid(text):
-    """dtype → words of its row."""
+    """dtype and direction → words of its row."""
     lines = text.split("\n\n")[1].split("\n")
     assert lines[0].split()[3:] == ["k=3", "k=5"]
-    return {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    return {" ".join(line.split()[:2]): line.split()[2:] for line in lines[1:]}
 
 
 def test_everything_is_trusted_on_a_cpu():
     text = run(seconds=600.0)
-    names = ("float16", "bfloat16", "float32")
+    names = [f"{dtype} {way}" for way in ("forward", "backward") for dtype in DTYPES]
     assert grid(text) == {name: ["yes", "yes"] for name in names}
     assert text.startswith("ΔConv self-test on CPU, torch ")
     assert "What ran: torch." in text and text.endswith("No wrong results.")
@@ -44,9 +45,9 @@ def test_what_is_wrong_is_named_with_the_way_out(monkeypatch):
 
     monkeypatch.setattr(accuracy, "gated_pyramid", broken)
     text = run(seconds=600.0)
-    assert grid(text)["float32"] == ["yes", "NO"]
-    assert grid(text)["float16"] == ["yes", "yes"]
-    assert "float32   k=5   torch   DO NOT TRUST: pyramid is off by" in text
+    assert grid(text)["float32 forward"] == ["yes", "NO"]
+    assert grid(text)["float16 forward"] == ["yes", "yes"]
+    assert "float32   k=5   forward   torch   DO NOT TRUST: pyramid is off by" in text
     assert "update torch or the driver" in text
     monkeypatch.setattr(selftest, "implementation_of", lambda *_: "triton")
     assert "DELTACONV_KERNELS=torch, and test again" in run(seconds=600.0)
@@ -58,14 +59,14 @@ def test_a_crash_is_an_answer_too(monkeypatch):
 
     monkeypatch.setattr(accuracy, "gated_pyramid", crashes)
     text = run(seconds=600.0)
-    assert grid(text)["bfloat16"] == ["NO", "NO"]
+    assert grid(text)["bfloat16 forward"] == ["NO", "NO"]
     assert "RuntimeError: no such instruction" in text
 
 
 def test_what_there_was_no_time_for_is_said():
     text = run(seconds=-1.0)
-    assert grid(text)["float16"] == ["?", "?"]
-    assert "What ran: nothing" in text and "6 were not tested, give it more seconds" in text
+    assert grid(text)["float16 forward"] == ["?", "?"]
+    assert "What ran: nothing" in text and "12 were not tested, give it more seconds" in text
 
 
 def test_progress_and_interrupt(comfy, monkeypatch):
@@ -82,7 +83,7 @@ def test_progress_and_interrupt(comfy, monkeypatch):
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         run(seconds=600.0)
-    assert steps == [(1, 6)]
+    assert steps == [(1, 12)]
 
 
 def test_it_runs_as_the_end_of_a_workflow(server):
