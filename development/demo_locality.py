@@ -12,7 +12,7 @@ from pathlib import Path
 from . import ROOT
 from .client import Json
 from .comfyui import chosen_tree, version_of
-from .server import Server, has_accelerator, running
+from .server import FASTEST_ATTENTION, Server, has_accelerator, running
 from .workflow import links, to_prompt
 
 WORKFLOW = ROOT / "workflows" / "attention_locality.json"
@@ -25,7 +25,8 @@ def draw_locality(prompt: str, folder: Path) -> None:
     """Start a server, run the workflow for `prompt`, write what it made to `folder`, say where."""
     tree, cpu = chosen_tree(), not has_accelerator()
     print(f"Starting ComfyUI {version_of(tree)} on {'the CPU' if cpu else 'the GPU'} …", flush=True)
-    with running(tree, cpu=cpu) as server:
+    # What is measured does not depend on how attention is computed.
+    with running(tree, cpu=cpu, arguments=[FASTEST_ATTENTION]) as server:
         since = time.perf_counter()
         graph = prompt_for(server, prompt)
         history = server.queue(graph, on_event=_bar())

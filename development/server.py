@@ -17,6 +17,8 @@ from . import ROOT, DevelopmentError
 from .client import Client
 from .comfyui import front_end_folder, front_end_pin, version_of
 
+# On a CPU ComfyUI does not choose the fastest attention it has; this argument does.
+FASTEST_ATTENTION = "--use-pytorch-cross-attention"
 PACK = "deltaconv"
 FOLDERS = ("custom_nodes", "models", "input", "output", "user", "temp")
 BOOT_SECONDS = 180
