@@ -16,6 +16,8 @@ COLUMNS = ("teacher", "untrained", "initialised", "distilled")
 SECONDS = 310.0
 _BATCH = 8
 _MOST_STEPS = 300
+# Fewer of either stage are few, and take a lower rate.
+_FEW_STEPS, _FEW_RATE = 40, 3e-4
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,15 @@ class Pace:
 
 
 def training_steps(seconds: float, layer: float, joint: float) -> tuple[int, int]:
-    """Steps of both stages that fit into `seconds`, half of it each, given one step's seconds."""
-    return tuple(
-        max(1, min(_MOST_STEPS, int(seconds / 2 / max(each, 1e-9)))) for each in (layer, joint)
-    )
+    """Steps of both stages that fit into `seconds`, given one step's seconds: half of it each.
+
+    Where these are few, all of it goes to the joint stage: layer steps first lead away from what
+    least squares found, and need many more to get further.
+    """
+    fit = [int(seconds / 2 / max(each, 1e-9)) for each in (layer, joint)]
+    if min(fit) < _FEW_STEPS:
+        return 0, max(2, min(_MOST_STEPS, int(seconds / max(joint, 1e-9))))
+    return tuple(min(_MOST_STEPS, steps) for steps in fit)
 
 
 def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
@@ -54,6 +61,7 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
     """
     from ..deltaconv import write_weights
     from ..deltaconv.distil import default_kernels, default_settings, distil, weights_of
+    from ..deltaconv.distil.evaluate import held_out_error
     from ..deltaconv.distil.plots import loss_curve
     from .distil import line_of, load_teacher
 
@@ -72,7 +80,7 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
         since = time.monotonic()
         pictures["untrained"] = draw(teacher, blocks, steps, side)
         # A column more is drawn at the end, however the machine's pace changes.
-        reserve = 1.5 * (time.monotonic() - since) + 5
+        reserve = 1.5 * (time.monotonic() - since) + 10 * (pace.teacher + pace.student) + 5
 
         settings = _with_steps(settings, 0, 0, init_images=pace.init_images(seconds))
         print(f"Least squares on {settings.init_images} images …", flush=True)
@@ -84,7 +92,11 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
         repeats = 1 if pace.teacher > 1 else 3
         layer, joint = _seconds_per_step(teacher, recipe, data, settings, blocks, repeats)
         left = started + seconds - reserve - time.monotonic()
+        before = held_out_error(teacher, blocks, data, batches=2, batch=4)
         settings = _with_steps(settings, *training_steps(left, layer, joint))
+        if not settings.layers.steps:
+            short = replace(settings.joint, lr=_FEW_RATE, warmup=2)
+            settings = replace(settings, joint=short)
         print(
             f"{settings.layers.steps} layer steps of {layer:.1f} s, {settings.joint.steps} joint "
             f"steps of {joint:.1f} s …",
@@ -101,7 +113,9 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
                 if len(losses) > 1 and time.monotonic() > started + seconds - reserve:
                     print("The machine became slower than it was measured: stopped here.")
                     break
-        pictures["distilled"] = draw(teacher, record.student.averaged_blocks(), steps, side)
+        blocks = record.student.averaged_blocks()
+        pictures["distilled"] = draw(teacher, blocks, steps, side)
+        after = held_out_error(teacher, blocks, data, batches=2, batch=4)
         weights = weights_of(record.student, teacher, settings)
     figures = {name: psnr(pictures["teacher"], pictures[name]) for name in COLUMNS[1:]}
     sheet(pictures, figures).save(output / "distil_demo.png")
@@ -110,6 +124,7 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
     write_weights(weights, output / "distil_demo.safetensors", overwrite=True)
     for name, value in figures.items():
         print(f"{name:12} PSNR {value:5.1f} dB to the teacher, mean of {len(PROMPTS)}")
+    print(f"mse of the predicted noise on held-out noise: {before:.5f} → {after:.5f}")
     print(f"{time.monotonic() - started:.0f} s in all. Grid: {output / 'distil_demo.png'}")
     return figures
 

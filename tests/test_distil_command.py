@@ -99,7 +99,8 @@ def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
     if seconds < 0.1:
         assert (pace.picture_steps(310), layers, joint) == (20, 300, 300)
     # However slow, each part is there.
-    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32 and layers and joint
+    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32 and joint >= 2
+    assert layers == 0 or layers >= 40
 
 
 def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsys):
@@ -113,7 +114,8 @@ def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsy
     assert Image.open(tmp_path / "distil_demo_loss.png").width > 400
     assert len(read_weights(tmp_path / "distil_demo.safetensors").sites) == 10
     said = capsys.readouterr().out
-    assert "layer steps of" in said and "joint" in said and "PSNR" in said
+    for words in ("layer steps of", "joint", "PSNR", "held-out noise"):
+        assert words in said
 
 
 def test_packaged_pictures_do_not_change():
