@@ -103,7 +103,10 @@ def test_serve_leaves_nothing_behind(comfyui_tree, tmp_path, monkeypatch, stop):
         port = free.getsockname()[1]
     line = [sys.executable, "-I", "-m", "comfyui_deltaconv.development", "serve"]
     line += ["--port", str(port), "--base", str(tmp_path)]
+    # A shell starts what runs behind it with SIGINT ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     serve = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    signal.signal(signal.SIGINT, before)
     try:
         said = [serve.stdout.readline(), serve.stdout.readline()]
         assert f"http://127.0.0.1:{port}" in said[-1], said
