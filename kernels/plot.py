@@ -95,7 +95,7 @@ def draw(report: dict, path: Path) -> None:
     about = report["environment"]
     how = "CUDA-graph replay" if way == "graph" else "eager"
     site = f"C = {entries[0]['dim']}, k = {entries[0]['kernel_size']}"
-    axes.set_title(f"{about['device']}, {about['dtype']}, batch {about['batch']}, {site}, {how}")
+    axes.set_title(f"{about['device']}, {how}\n{about['dtype']}, batch {about['batch']}, {site}")
     axes.legend()
     axes.grid(True, which="major", alpha=0.3)
     figure.savefig(path, dpi=150)
