@@ -120,8 +120,9 @@ def _open(path: Path) -> safe_open:
     try:
         with open(path, "rb") as file:
             start = file.read(16)
-        # Told apart by name, and never opened: unpickling runs whatever the file says.
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        # Told apart by name, and never opened: unpickling runs whatever the file says. The length
+        # that a safetensors file begins with can have the same bytes; its header follows.
+        if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise WeightsError(
                 f"Expected a safetensors file, got a pickle (.pt, .ckpt) in {path.name}. Pickles "
                 "can run code and are never opened; convert it to safetensors first."

@@ -150,6 +150,18 @@ def overwritten(path, change):
     return path
 
 
+@pytest.mark.parametrize("low", [*range(0, 256, 8), 0x4B50])
+def test_any_length_of_the_header_is_read(own, low):
+    """A file begins with that length, whose bytes may be those of a pickle or a zip archive."""
+    content = own.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    modulus = 256 if low < 256 else 65536
+    padded = length + (low - length) % modulus
+    header = content[8 : 8 + length].ljust(padded)
+    own.write_bytes(struct.pack("<Q", padded) + header + content[8 + length :])
+    assert len(read_weights(own).sites) == 2
+
+
 def test_what_is_no_safetensors_file_is_refused_and_never_unpickled(tmp_path):
     marker = tmp_path / "executed"
 
