@@ -20,6 +20,7 @@ from comfyui_deltaconv.deltaconv.distil import (
     distil,
     weights_of,
 )
+from comfyui_deltaconv.deltaconv.distil.data import draw
 from comfyui_deltaconv.deltaconv.distil.state import state_files
 
 TOY = Path(__file__).with_name("toy_teacher.py")
@@ -66,6 +67,19 @@ def test_informed_initialisation_beats_random_training():
         return sum(r.loss for r in records[-20:])
 
     assert first_loss("informed", 0) < first_loss("random", 60)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_every_batch_takes_each_share_of_the_steps_once(batch):
+    generator, first_shares = torch.Generator().manual_seed(0), set()
+    for position in range(20):
+        arguments = {"seed": 0, "batch": batch, "position": position, "unconditional": 0.1}
+        sigma = draw(toy_data(), ToyTeacher(), generator, **arguments).sigma
+        # As the toy has it: sigma = 0.05 + 3 · (1 − step).
+        shares = ((1 - (sigma - 0.05) / 3) * batch).floor().int().tolist()
+        assert sorted(shares) == list(range(batch))
+        first_shares.add(shares[0])
+    assert len(first_shares) == batch
 
 
 def test_same_seed_same_losses_and_another_seed_others():

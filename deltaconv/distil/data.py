@@ -105,14 +105,18 @@ def draw(
     unconditional: float,
     trajectory_share: float = 0.0,
 ) -> Batch:
-    """One batch: random sigmas uniform over the steps, conditions dropped at times.
+    """One batch: sigmas uniform over the steps and stratified, conditions dropped at times.
 
-    All random numbers come from `generator` on the CPU, so that devices agree.
+    Each image has a step of its own share of the steps: a loss depends far more on its sigma than
+    on its image. All random numbers come from `generator` on the CPU, so that devices agree.
     """
     indices = dataset.indices(seed, batch, position)
     latents = torch.stack([dataset.latents[index] for index in indices]).float()
     noise = torch.randn(latents.shape, generator=generator)
-    steps = torch.rand(batch, generator=generator, dtype=torch.float64).clamp(5e-4, 1 - 5e-4)
+    within = torch.rand(batch, generator=generator, dtype=torch.float64)
+    # Shuffled, so that parts of a batch are alike.
+    strata = torch.randperm(batch, generator=generator)
+    steps = ((strata + within) / batch).clamp(5e-4, 1 - 5e-4)
     dropped = (torch.rand(batch, generator=generator) < unconditional).tolist()
     on_path = torch.rand(batch, generator=generator) < trajectory_share
     picks = torch.rand(batch, generator=generator)
