@@ -62,8 +62,8 @@ class DeltaConvDistill(io.ComfyNode):
                     **steps,
                 ),
                 io.Int.Input("batch_size", default=8, min=1, max=4096),
-                io.Float.Input("layer_rate", default=3e-3, **rate),
-                io.Float.Input("joint_rate", default=1e-3, **rate),
+                io.Float.Input("layer_rate", default=1e-3, **rate),
+                io.Float.Input("joint_rate", default=3e-4, **rate),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1),
                 io.String.Input(
                     "folder",

@@ -82,11 +82,21 @@ def _settings(one):
         "min_snr": float(one.get("min_snr", 0.0)),
         "eight_bit": one.get("eight_bit", False),
     }
-    batch = {"batch": one["batch_size"], "accumulate": min(one["accumulate"], one["batch_size"])}
-    layers = StageSettings(one["layer_steps"], lr=one["layer_rate"], **batch)
-    joint = StageSettings(one["joint_steps"], lr=one["joint_rate"], **batch)
+    layers, joint = _stage(one, "layer"), _stage(one, "joint")
     make = published_settings if one["losses"] == "published" else default_settings
     return make(**{**common, "layers": layers, "joint": joint})
+
+
+def _stage(one, name: str) -> StageSettings:
+    steps = one[f"{name}_steps"]
+    return StageSettings(
+        steps,
+        lr=one[f"{name}_rate"],
+        # A short run warms up for a tenth of its steps.
+        warmup=min(20, steps // 10),
+        batch=one["batch_size"],
+        accumulate=min(one["accumulate"], one["batch_size"]),
+    )
 
 
 def _recipe(teacher: ComfyTeacher, recipe, kernels: str, start) -> dict:
