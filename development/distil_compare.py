@@ -2,12 +2,17 @@
 
 import json
 import time
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
-RATES = (0.3, 1.0, 3.0)
+from .distil_demo import psnr, visit_of
+
+RATES = (0.3, 1.0, 3.0, 10.0)
+# Of the time of a whole run, for each rate.
+SEARCH = 0.25
 TWELVE = (
     "red apple",
     "grinning face with smiling eyes",
@@ -27,67 +32,104 @@ TWELVE = (
 def compare_recipes(minutes: float, seeds: int, output: Path) -> dict:
     """Both recipes for `minutes` per seed on the demo teacher at batch 8; figures by recipe.
 
-    Each recipe first runs seed 0 at three rates around its own (× 0.3, 1, 3) for a quarter of the
-    time; the rate with the least error on held-out noise is used. Writes `output` as JSON.
+    Each recipe first runs seed 0 at each of `RATES` times its own rate, for a share of the time;
+    the rate with the least error on held-out noise is used. A time is so many steps as fit it at
+    the pace measured first, so that what else the machine does later changes no figure. The
+    pictures' PSNR is that of seed 0. `output` is JSON, written after every run: a comparison of
+    the same settings that was stopped goes on from it.
     """
     from ..deltaconv.distil import default_kernels
     from .distil import chosen_data, load_teacher
 
-    presets = {"ours": _ours, "published losses": _published}
-    results: dict = {"minutes": minutes}
-    teacher = load_teacher({}, _published(100, 1, 0))
+    presets = {"published losses": _published, "ours": _ours}
+    identity = {"minutes": minutes, "rates": list(RATES), "search": SEARCH}
+    settings = {name: preset((1, 1), 1.0, 0).to_mapping() for name, preset in presets.items()}
+    identity["settings"] = settings
+    results = _begun(output, identity)
+    teacher = load_teacher({}, _published((0, 1), 1.0, 0))
     with teacher:
         data = chosen_data({}, teacher)
         kernels = default_kernels(teacher.model_sites.levels)
-        speed = _seconds_per_step(teacher, kernels, data)
-        results["seconds"] = speed
-        for name, preset in presets.items():
-            found = {}
-            for rate in RATES:
-                budget = minutes * 60 / 4
-                found[rate] = _train(teacher, kernels, data, preset, budget, speed, rate, 0)["mse"]
-                print(f"{name}: rate × {rate}: mse {found[rate]:.5f}", flush=True)
-            best = min(found, key=found.get)
-            runs = []
-            for seed in range(seeds):
-                budget = minutes * 60
-                runs.append(_train(teacher, kernels, data, preset, budget, speed, best, seed, True))
-                print(f"{name}: seed {seed}: {runs[-1]}", flush=True)
-            results[name] = {"rate": best, "search": found, "runs": runs}
-            results[name] |= {key: mean(run[key] for run in runs) for key in ("mse", "psnr")}
+
+        @cache
+        def expected():
+            return twelve_pictures(teacher, {})
+
+        def keep():
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+        if "seconds" not in results:
+            results["seconds"] = _seconds_per_step(teacher, kernels, data)
+            print(f"Seconds: {results['seconds']}", flush=True)
+            keep()
+        for name, preset in presets.items():
+
+            def train(rate, seed, share, preset=preset):
+                steps = _steps_within(minutes * 60 * share, preset, results["seconds"])
+                return _train(teacher, kernels, data, preset(steps, rate, seed))
+
+            of_recipe = results.setdefault(name, {"search": {}, "runs": []})
+            search, runs = of_recipe["search"], of_recipe["runs"]
+            for rate in RATES:
+                if str(rate) not in search:
+                    search[str(rate)] = train(rate, 0, SEARCH)["mse"]
+                    keep()
+                print(f"{name}: rate × {rate}: mse {search[str(rate)]:.5f}", flush=True)
+            of_recipe["rate"] = float(min(search, key=search.get))
+            for seed in range(seeds):
+                if seed == len(runs):
+                    run = train(of_recipe["rate"], seed, 1)
+                    blocks = run.pop("blocks")
+                    if seed == 0:
+                        run["psnr"] = psnr(expected(), twelve_pictures(teacher, blocks))
+                    runs.append(run)
+                    keep()
+                print(f"{name}: seed {seed}: {runs[seed]}", flush=True)
+            of_recipe["mse"] = mean(run["mse"] for run in runs[:seeds])
+        keep()
     return results
 
 
-def _ours(steps, rate, seed):
+def _begun(output: Path, identity: dict) -> dict:
+    """What a stopped comparison of the same settings has found; `identity` alone where none."""
+    try:
+        found = json.loads(output.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return identity
+    same = isinstance(found, dict) and identity.items() <= found.items()
+    return found if same else identity
+
+
+def _ours(steps: tuple[int, int], rate: float, seed: int):
     from ..deltaconv.distil import default_settings
 
     settings = default_settings(seed=seed)
-    # Layer steps take about as long in all as joint ones; the initialisation a sixth of it.
-    layers, joint = steps
     return replace(
         settings,
-        layers=replace(settings.layers, steps=layers, lr=settings.layers.lr * rate),
-        joint=replace(settings.joint, steps=joint, lr=settings.joint.lr * rate),
+        layers=_stage(settings.layers, steps[0], settings.layers.lr * rate),
+        joint=_stage(settings.joint, steps[1], settings.joint.lr * rate),
     )
 
 
-def _published(steps, rate, seed):
+def _published(steps: tuple[int, int], rate: float, seed: int):
     from ..deltaconv.distil import published_settings
 
     settings = published_settings(seed=seed, unconditional=0.1)
-    steps = steps if isinstance(steps, int) else steps[1]
-    # The same batch, schedule and share of warm-up for both: only the losses are compared.
-    joint = replace(
-        settings.joint,
-        steps=steps,
-        lr=1e-3 * rate,
-        batch=8,
-        schedule="cosine",
-        warmup=20,
-    )
-    return replace(settings, joint=joint)
+    return replace(settings, joint=_stage(settings.joint, steps[1], 1e-3 * rate))
+
+
+def _stage(stage, steps: int, lr: float):
+    """The same batch, schedule and share of warm-up for both: only the recipes are compared."""
+    return replace(stage, steps=steps, lr=lr, batch=8, schedule="cosine", warmup=steps // 10)
+
+
+def _steps_within(budget: float, preset, pace: Mapping[str, float]) -> tuple[int, int]:
+    """Layer and joint steps: of ours, as long in all each, after the initialisation."""
+    if preset is _published:
+        return 0, int(budget / pace["published losses joint"])
+    rest = max(0.0, budget - pace["ours init"])
+    return int(rest / 2 / pace["ours layers"]), int(rest / 2 / pace["ours joint"])
 
 
 def _seconds_per_step(teacher, kernels, data) -> dict[str, float]:
@@ -97,7 +139,7 @@ def _seconds_per_step(teacher, kernels, data) -> dict[str, float]:
     seconds = {}
     for name, settings in (
         ("ours", _ours((5, 5), 1.0, 0)),
-        ("published losses", _published(5, 1.0, 0)),
+        ("published losses", _published((0, 5), 1.0, 0)),
     ):
         for record in distil(teacher, kernels, data, settings):
             if record.stage == "init" or record.step > 2:
@@ -105,31 +147,23 @@ def _seconds_per_step(teacher, kernels, data) -> dict[str, float]:
     return {name: mean(values) for name, values in seconds.items()}
 
 
-def _train(teacher, kernels, data, preset, budget, speed, rate, seed, pictures=False) -> dict:
-    """Train within `budget` seconds: mse on held-out noise, PSNR of the twelve, steps, seconds."""
+def _train(teacher, kernels, data, settings) -> dict:
+    """Blocks, their mse on held-out noise, and the seconds that training them took."""
     from ..deltaconv.distil import distil
     from ..deltaconv.distil.evaluate import held_out_error
 
-    if preset is _ours:
-        rest = max(0.0, budget - speed["ours init"])
-        steps = (int(rest / 2 / speed["ours layers"]), int(rest / 2 / speed["ours joint"]))
-    else:
-        steps = (0, int(budget / speed["published losses joint"]))
     started = time.monotonic()
-    with closing(distil(teacher, kernels, data, preset(steps, rate, seed))) as records:
-        for record in records:
-            student = record.student
-            # Both stop at the budget, should the machine be slower than it was measured.
-            if time.monotonic() - started > budget * 1.05:
-                break
+    for record in distil(teacher, kernels, data, settings):
+        student = record.student
     seconds = time.monotonic() - started
     blocks = student.averaged_blocks()
-    result = {"mse": held_out_error(teacher, blocks, data), "steps": steps, "seconds": seconds}
-    return {**result, "psnr": twelve_psnr(teacher, blocks)} if pictures else result
+    mse = held_out_error(teacher, blocks, data)
+    steps = [settings.layers.steps, settings.joint.steps]
+    return {"blocks": blocks, "mse": mse, "steps": steps, "seconds": seconds}
 
 
-def twelve_psnr(teacher, blocks) -> float:
-    """Mean PSNR over −1…1 of the twelve prompts: one batch, seed 1, 30 steps, CFG 4, 64 × 64."""
+def twelve_pictures(teacher, blocks: Mapping):
+    """Pictures [12, 3, 64, 64] of the twelve prompts: one batch, seed 1, 30 steps, CFG 4."""
     import torch
 
     from ..deltaconv.distil import sample
@@ -138,12 +172,4 @@ def twelve_psnr(teacher, blocks) -> float:
     noise = torch.randn((12, 3, 64, 64), generator=torch.Generator().manual_seed(1))
     conditions = encode_prompts(teacher, TWELVE, None)
     (unconditional,) = encode_prompts(teacher, [""], None)
-
-    def student(site, x, attend):
-        return blocks[site](x.float()).to(x.dtype) if site in blocks else attend()
-
-    arguments = (teacher, conditions, unconditional, noise)
-    expected = sample(*arguments).clamp(-1, 1)
-    got = sample(*arguments, visit=student).clamp(-1, 1)
-    errors = (expected - got).square().flatten(1).mean(1)
-    return (10 * (4 / errors).log10()).mean().item()
+    return sample(teacher, conditions, unconditional, noise, visit=visit_of(blocks)).clamp(-1, 1)

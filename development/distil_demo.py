@@ -16,8 +16,6 @@ COLUMNS = ("teacher", "untrained", "initialised", "distilled")
 SECONDS = 310.0
 _BATCH = 8
 _MOST_STEPS = 300
-# Fewer of either stage are few, and take a lower rate.
-_FEW_STEPS, _FEW_RATE = 40, 3e-4
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,9 @@ class Pace:
 
 
 def training_steps(seconds: float, layer: float, joint: float) -> tuple[int, int]:
-    """Steps of both stages that fit into `seconds`, given one step's seconds: half of it each.
-
-    Where these are few, all of it goes to the joint stage: layer steps first lead away from what
-    least squares found, and need many more to get further.
-    """
-    fit = [int(seconds / 2 / max(each, 1e-9)) for each in (layer, joint)]
-    if min(fit) < _FEW_STEPS:
-        return 0, max(2, min(_MOST_STEPS, int(seconds / max(joint, 1e-9))))
-    return tuple(min(_MOST_STEPS, steps) for steps in fit)
+    """Steps of both stages that fit into `seconds`, given one step's seconds: half of it each."""
+    fit = (int(seconds / 2 / max(each, 1e-9)) for each in (layer, joint))
+    return tuple(max(2, min(_MOST_STEPS, steps)) for steps in fit)
 
 
 def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
@@ -57,12 +49,11 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
 
     ComfyUI must be on the path (`host.enter`). The grid's columns are `COLUMNS`: untrained blocks
     are random, initialised ones come from least squares alone. `side` is that of all pictures in
-    pixels. Returns PSNR in dB by column.
+    pixels. Returns {"psnr": dB by column, "mse": error on held-out noise by stage}.
     """
     from ..deltaconv import write_weights
     from ..deltaconv.distil import default_kernels, default_settings, distil, weights_of
-    from ..deltaconv.distil.evaluate import held_out_error
-    from ..deltaconv.distil.plots import loss_curve
+    from ..deltaconv.distil.plots import error_curve
     from .distil import line_of, load_teacher
 
     started = time.monotonic()
@@ -79,8 +70,14 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
         pictures = {"teacher": draw(teacher, {}, steps, side)}
         since = time.monotonic()
         pictures["untrained"] = draw(teacher, blocks, steps, side)
-        # A column more is drawn at the end, however the machine's pace changes.
-        reserve = 1.5 * (time.monotonic() - since) + 10 * (pace.teacher + pace.student) + 5
+        # A column more is drawn at the end, and two errors measured.
+        reserve = 1.2 * (time.monotonic() - since) + 12 * (pace.teacher + pace.student) + 5
+        errors = []
+
+        def measure(name, blocks):
+            errors.append((name, time.monotonic() - started, _error(teacher, blocks, data)))
+
+        measure("untrained", blocks)
 
         settings = _with_steps(settings, 0, 0, init_images=pace.init_images(seconds))
         print(f"Least squares on {settings.init_images} images …", flush=True)
@@ -88,54 +85,51 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
         blocks = record.student.averaged_blocks()
         pictures["initialised"] = draw(teacher, blocks, steps, side)
 
-        # The first step of a stage takes longer, but several of a slow machine's cost more.
-        repeats = 1 if pace.teacher > 1 else 3
-        layer, joint = _seconds_per_step(teacher, recipe, data, settings, blocks, repeats)
+        measure("least squares", blocks)
+
+        layer, joint = _seconds_per_step(teacher, recipe, data, settings, blocks)
         left = started + seconds - reserve - time.monotonic()
-        before = held_out_error(teacher, blocks, data, batches=2, batch=4)
         settings = _with_steps(settings, *training_steps(left, layer, joint))
-        if not settings.layers.steps:
-            short = replace(settings.joint, lr=_FEW_RATE, warmup=2)
-            settings = replace(settings, joint=short)
         print(
             f"{settings.layers.steps} layer steps of {layer:.1f} s, {settings.joint.steps} joint "
             f"steps of {joint:.1f} s …",
             flush=True,
         )
-        losses = []
         with closing(distil(teacher, recipe, data, settings, start=blocks)) as records:
             for record in records:
-                if record.stage != "init":
-                    losses.append((record.stage, record.loss))
-                    if record.step % 10 == 0 or record.step in (1, record.steps):
-                        print(line_of(record, time.monotonic() - started), flush=True)
-                # Two losses at least, without which there is no curve to see.
-                if len(losses) > 1 and time.monotonic() > started + seconds - reserve:
+                if record.stage == "init":
+                    continue
+                if record.step % 10 == 0 or record.step in (1, record.steps):
+                    print(line_of(record, time.monotonic() - started), flush=True)
+                if record.stage == "layers" and record.step == record.steps:
+                    measure("layer by layer", record.student.averaged_blocks())
+                at_end = record.stage == "joint" and record.step == record.steps
+                if not at_end and time.monotonic() > started + seconds - reserve:
                     print("The machine became slower than it was measured: stopped here.")
                     break
         blocks = record.student.averaged_blocks()
         pictures["distilled"] = draw(teacher, blocks, steps, side)
-        after = held_out_error(teacher, blocks, data, batches=2, batch=4)
+        measure("joint" if record.stage == "joint" else "layer by layer, stopped", blocks)
         weights = weights_of(record.student, teacher, settings)
     figures = {name: psnr(pictures["teacher"], pictures[name]) for name in COLUMNS[1:]}
     sheet(pictures, figures).save(output / "distil_demo.png")
-    if curve := loss_curve(losses):
+    if curve := error_curve(errors):
         curve.save(output / "distil_demo_loss.png")
     write_weights(weights, output / "distil_demo.safetensors", overwrite=True)
     for name, value in figures.items():
         print(f"{name:12} PSNR {value:5.1f} dB to the teacher, mean of {len(PROMPTS)}")
-    print(f"mse of the predicted noise on held-out noise: {before:.5f} → {after:.5f}")
+    for name, _, error in errors:
+        print(f"{name:14} mse of the predicted noise on held-out noise {error:.5f}")
     print(f"{time.monotonic() - started:.0f} s in all. Grid: {output / 'distil_demo.png'}")
-    return figures
+    return {"psnr": figures, "mse": {name: error for name, _, error in errors}}
 
 
 def _with_steps(settings, layers: int, joint: int, **changes):
-    return replace(
-        settings,
-        layers=replace(settings.layers, steps=layers, batch=_BATCH),
-        joint=replace(settings.joint, steps=joint, batch=_BATCH),
-        **changes,
-    )
+    def stage(old, steps):
+        return replace(old, steps=steps, batch=_BATCH, warmup=steps // 10)
+
+    layers, joint = stage(settings.layers, layers), stage(settings.joint, joint)
+    return replace(settings, layers=layers, joint=joint, **changes)
 
 
 def _data(teacher, side: int):
@@ -190,21 +184,26 @@ def _seconds_of_a_call(teacher, blocks: Mapping, side: int) -> float:
     for _ in range(2):
         since = time.monotonic()
         with torch.no_grad():
-            teacher.predict(x, torch.ones(len(PROMPTS)), conditions, _visit(blocks))
+            teacher.predict(x, torch.ones(len(PROMPTS)), conditions, visit_of(blocks))
         times.append(time.monotonic() - since)
     return min(times)
 
 
-def _seconds_per_step(
-    teacher, recipe, data, settings, blocks: Mapping, repeats: int
-) -> tuple[float, float]:
-    """Seconds of one step of either stage, the last of `repeats`."""
+def _seconds_per_step(teacher, recipe, data, settings, blocks: Mapping) -> tuple[float, float]:
+    """Seconds of one step of either stage, the second of two: the first allocates."""
     from ..deltaconv.distil import distil
 
-    found, trial = {}, _with_steps(settings, repeats, repeats)
+    found, trial = {}, _with_steps(settings, 2, 2)
     for record in distil(teacher, recipe, data, trial, start=blocks):
         found[record.stage] = record.seconds
     return found["layers"], found["joint"]
+
+
+def _error(teacher, blocks: Mapping, data) -> float:
+    """Mse of the predicted noise on 16 images of held-out noise."""
+    from ..deltaconv.distil.evaluate import held_out_error
+
+    return held_out_error(teacher, blocks, data, batches=2)
 
 
 def draw(teacher, blocks: Mapping, steps: int, side: int):
@@ -218,11 +217,11 @@ def draw(teacher, blocks: Mapping, steps: int, side: int):
     noise = torch.randn((len(PROMPTS), 3, side, side), generator=generator)
     (unconditional,) = encode_prompts(teacher, [""], None)
     conditions = encode_prompts(teacher, PROMPTS, None)
-    latents = sample(teacher, conditions, unconditional, noise, steps=steps, visit=_visit(blocks))
+    latents = sample(teacher, conditions, unconditional, noise, steps=steps, visit=visit_of(blocks))
     return latents.clamp(-1, 1).cpu()
 
 
-def _visit(blocks: Mapping):
+def visit_of(blocks: Mapping):
     """The blocks in place of attention; None where there are none."""
 
     def student(site, x, attend):

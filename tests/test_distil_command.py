@@ -8,6 +8,7 @@ import torch
 from comfyui_deltaconv.deltaconv import demo, read_weights
 from comfyui_deltaconv.development import DevelopmentError
 from comfyui_deltaconv.development.distil import read_config, read_folder, run
+from comfyui_deltaconv.development.distil_compare import _begun
 from comfyui_deltaconv.development.distil_demo import Pace, distil_demo, training_steps
 from PIL import Image
 
@@ -99,13 +100,13 @@ def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
     if seconds < 0.1:
         assert (pace.picture_steps(310), layers, joint) == (20, 300, 300)
     # However slow, each part is there.
-    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32 and joint >= 2
-    assert layers == 0 or layers >= 40
+    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32
+    assert layers >= 2 and joint >= 2
 
 
 def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsys):
     started = time.monotonic()
-    figures = distil_demo(tmp_path, seconds=20, side=16)
+    figures = distil_demo(tmp_path, seconds=20, side=16)["psnr"]
     # What cannot be left out takes its time on a machine that does other things too.
     assert time.monotonic() - started < 60
     assert figures["untrained"] < min(figures["initialised"], figures["distilled"])
@@ -121,3 +122,16 @@ def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsy
 def test_packaged_pictures_do_not_change():
     found, _ = demo.pictures()
     assert torch.equal(found[0, :, 0, 0], torch.ones(3))
+
+
+def test_a_stopped_comparison_goes_on_with_its_own_settings_alone(tmp_path):
+    file, identity = tmp_path / "compare.json", {"minutes": 10.0, "settings": {"ours": {"lr": 1}}}
+    assert _begun(file, identity) == identity
+    found = {**identity, "ours": {"runs": [1]}}
+    file.write_text(json.dumps(found), encoding="utf-8")
+    assert _begun(file, identity) == found
+    other = {**identity, "settings": {"ours": {"lr": 2}}}
+    assert _begun(file, other) == other
+    for broken in ("", "[]", "{", "3"):
+        file.write_text(broken, encoding="utf-8")
+        assert _begun(file, identity) == identity

@@ -56,6 +56,27 @@ def loss_curve(losses: Sequence[tuple[str, float]]) -> Image.Image | None:
     return _rendered(figure)
 
 
+def error_curve(points: Sequence[tuple[str, float, float]]) -> Image.Image | None:
+    """(name, seconds, held-out error) of a distillation → one named point each, on a log axis.
+
+    None without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(6.6, 2.8), dpi=100, layout="constrained")
+    axes = figure.add_subplot(
+        yscale="log", xlabel="seconds", ylabel="mse of the predicted\nnoise, held out"
+    )
+    names, seconds, errors = zip(*points, strict=True)
+    axes.plot(seconds, errors, marker="o", linewidth=1)
+    for name, second, error in zip(names, seconds, errors, strict=True):
+        axes.annotate(f"{name}\n{error:.4f}", (second, error), (4, 6), textcoords="offset points")
+    axes.margins(x=0.15, y=0.3)
+    return _rendered(figure)
+
+
 def level_plot(evaluation: Evaluation) -> torch.Tensor | None:
     """Evaluation → picture [1, H, W, 3] of its errors by noise level, every site a thin line."""
     try:
