@@ -1,9 +1,15 @@
 """Distillation as a graph in a real ComfyUI server: all its sockets, interrupted, gone on with."""
 
+import json
 import threading
 
 import pytest
+from comfyui_deltaconv.development import ROOT
+from comfyui_deltaconv.development.browser import in_page, load_workflow, open_page
 from comfyui_deltaconv.development.client import PromptFailed
+from comfyui_deltaconv.development.workflow import to_prompt
+
+WORKFLOW = ROOT / "workflows" / "deltaconv_distill.json"
 
 
 def graph(server, folder, layer_steps):
@@ -97,3 +103,41 @@ def test_interrupted_graph_saves_and_goes_on(server):
     reached = max(seen)
     server.queue(graph(server, "stopped", reached + 10), on_event=progress)
     assert min(values) >= reached
+
+
+@pytest.fixture(scope="module")
+def workflow():
+    return json.loads(WORKFLOW.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "Vue nodes"])
+def test_page_opens_the_workflow_as_the_converter_reads_it(browser, server, workflow, vue):
+    open_page(browser, server, Comfy_VueNodes_Enabled=vue)
+    load_workflow(browser, workflow)
+    theirs = in_page(browser, "return (await app.graphToPrompt()).output")
+    object_info = server.object_info()
+    ours = to_prompt(workflow, object_info)
+    assert theirs.keys() == ours.keys()
+    for node, prompt in ours.items():
+        # The page's own widgets are not the server's.
+        inputs = {name: theirs[node]["inputs"][name] for name in prompt["inputs"]}
+        assert (theirs[node]["class_type"], inputs) == (prompt["class_type"], prompt["inputs"])
+    assert in_page(browser, "return app.graph.nodes.filter(n => n.has_errors).length") == 0
+
+
+def test_the_workflow_distils_saves_and_compares(server, workflow):
+    prompt = to_prompt(workflow, server.object_info())
+    nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    version = server.get("/system_stats")["system"]["comfyui_version"]
+    small = {"layer_steps": 2, "joint_steps": 2, "batch_size": 2, "samples": 2, "sample_size": 16}
+    nodes["DeltaConvDistill"] |= {**small, "prompts": "red apple\noctopus"}
+    nodes["EmptyChromaRadianceLatentImage"] |= {"width": 16, "height": 16}
+    nodes["DeltaConvEvaluate"] |= {"steps": 2, "levels": 2, "seeds": "1"}
+    if tuple(map(int, version.split(".")[:2])) < (0, 30):
+        nodes["DeltaConvDistill"]["joint_steps"] = 0
+    entry = server.queue(prompt)
+    assert entry["status"]["completed"]
+    shown = {prompt[node]["class_type"] for node in entry["outputs"]}
+    assert {"LossGraphNode", "PreviewImage", "PreviewAny"} <= shown
+    weights = server.object_info()["DeltaConvLoad"]["input"]["required"]["file"]
+    assert "distilled_00001_.safetensors" in str(weights)
