@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from comfyui_deltaconv.deltaconv.distil import (
 )
 from comfyui_deltaconv.deltaconv.distil.data import draw
 from comfyui_deltaconv.deltaconv.distil.state import state_files
+from safetensors.torch import load, save
 
 TOY = Path(__file__).with_name("toy_teacher.py")
 spec = importlib.util.spec_from_file_location("toy_teacher", TOY)
@@ -181,10 +183,25 @@ def test_more_steps_may_follow_in_the_last_stage(tmp_path):
         assert run(toy_settings(*settings), folder=tmp_path)[-1].step == reached
 
 
-def test_damaged_newest_state_falls_back_to_the_one_before(tmp_path):
+def cut(content):
+    return content[:-100]
+
+
+def flip_a_bit(content):
+    """Every number stays finite, and what the file holds stays a state."""
+    tensors = load(content)
+    name = next(name for name in tensors if name.endswith("exp_avg_sq"))
+    tensors[name].view(-1)[0] *= 2
+    (length,) = struct.unpack("<Q", content[:8])
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    return save(tensors, metadata)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def test_damaged_newest_state_falls_back_to_the_one_before(tmp_path, damage):
     run(folder=tmp_path)
     newest, older = state_files(tmp_path)
-    newest.write_bytes(newest.read_bytes()[:-100])
+    newest.write_bytes(damage(newest.read_bytes()))
     settings = toy_settings(6, 20)
     records = run(settings, folder=tmp_path)
     assert f"resumed after {int(older.stem.split('-')[1])} steps" in records[0].message

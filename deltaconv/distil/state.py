@@ -1,9 +1,11 @@
 """The state directory of a distillation: whole files only, the last two of them, checked by name.
 
 One file holds `weights.*`, `ema.*`, `optimiser.*` and `rng` as tensors, and as JSON metadata the
-stage, step, data position, guard, settings, recipe and the fingerprint of the base.
+stage, step, data position, guard, settings, recipe and the fingerprint of the base; a digest of
+all of it tells a file that a disk or a hand has changed.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ..weight_file import write_atomically
 from .settings import DistilError
 
-FORMAT = "1"
+FORMAT = "2"
 _NAME = re.compile(r"state-(\d{8,})\.safetensors")
 _KEPT = 2
 
@@ -59,6 +61,7 @@ def save_state(folder: Path, number: int, state: State, identity: Mapping[str, o
         "deltaconv.progress": json.dumps(state.progress),
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
+    metadata["deltaconv.digest"] = _digest(tensors, metadata)
     write_atomically(tensors, metadata, path, overwrite=True)
     # What has a higher number was damaged, or this run would have begun there.
     earlier = [old for old in state_files(folder) if _number(old) <= number]
@@ -108,7 +111,18 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         metadata = file.metadata() or {}
         if metadata.get("deltaconv.state") != FORMAT:
             raise ValueError(f"not a state of format {FORMAT}")
-        return {key: file.get_tensor(key) for key in file.keys()}, metadata
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if metadata.pop("deltaconv.digest", "") != _digest(tensors, metadata):
+        raise ValueError("it was changed after it was saved")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _refuse_another(path, metadata, saved, identity) -> None:
