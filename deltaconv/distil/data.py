@@ -107,8 +107,8 @@ def draw(
 ) -> Batch:
     """One batch: sigmas uniform over the steps and stratified, conditions dropped at times.
 
-    Each image has a step of its own share of the steps: a loss depends far more on its sigma than
-    on its image. All random numbers come from `generator` on the CPU, so that devices agree.
+    Each image has a step of its own share of the steps, so that no batch misses a range of sigmas.
+    All random numbers come from `generator` on the CPU, so that devices agree.
     """
     indices = dataset.indices(seed, batch, position)
     latents = torch.stack([dataset.latents[index] for index in indices]).float()
