@@ -20,6 +20,7 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_KERNEL = 17
 # Positions along one axis are squared in 32-bit integers.
 LONGEST_SIDE = 32767
+_PROJECTION = ("x", "out_weight", "out_bias", "pool_weight", "pool_bias")
 
 _logged: set[str] = set()
 _refused: dict["Request", str] = {}
@@ -176,9 +177,11 @@ def pyramid_projection(
     `pyramid_projection_definition`. All weights are used in the dtype of u. Differentiable in
     every tensor; the gradient is computed from x and u alone, nothing else is kept.
     """
-    check(u, weights, scales, gate)
     linear = (out_weight, out_bias, pool_weight, pool_bias)
-    linear = tuple(tensor.to(u.dtype) for tensor in linear)
+    check(u, weights, scales, gate, x, linear)
+    # Compared first: `to` takes the host longer where there is nothing to do.
+    dtype = u.dtype
+    linear = tuple([t if t.dtype == dtype else t.to(dtype) for t in linear])
     arguments = (x, u, weights, scales, gate, *linear)
     return _call("pyramid_projection", arguments, u, weights, scales, (x, u, *weights, *linear))
 
@@ -199,26 +202,61 @@ def _call(op: str, arguments: tuple, u, weights, scales, tensors) -> torch.Tenso
     return getattr(operators, op)(*arguments)
 
 
-def check(u: torch.Tensor, weights: Sequence[torch.Tensor], scales, gate: str) -> None:
-    """Raises ValueError, with everything that does not fit, before anything is computed."""
-    size = weights[0].shape[0] if len(weights) else 0
-    expected = (size, size, u.shape[-1])
-    fit = all(w.shape == expected and w.dtype == u.dtype and w.device == u.device for w in weights)
-    if fit and gate in GATES and u.ndim == 4 and len(weights) == len(scales) and weights:
+def check(
+    u: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales,
+    gate: str,
+    x: torch.Tensor | None = None,
+    linear: Sequence[torch.Tensor] = (),
+) -> None:
+    """Raises ValueError, with everything that does not fit, before anything is computed.
+
+    With x, also x and `linear`: weight and bias of `out` and of `pool`. This runs before every
+    launch, and a kernel reads past the end of what is too small without a word.
+    """
+    device, dtype = u.device, u.dtype
+    size = weights[0].shape[0] if len(weights) and weights[0].ndim else 0
+    expected = (size, size, u.shape[-1] if u.ndim else 0)
+    fit = u.ndim == 4 and len(weights) == len(scales) and size % 2 == 1 and gate in GATES
+    for weight in weights:
+        if weight.shape != expected or weight.dtype != dtype or weight.device != device:
+            fit = False
+    if fit and x is not None:
+        for tensor, shape in zip((x, *linear), _projection_shapes(u, x, len(scales)), strict=True):
+            if tensor.shape != shape or tensor.device != device:
+                fit = False
+    if fit:
         return
     problems = []
     if u.ndim != 4:
         problems.append(f"u must be [B, H, W, h], got {list(u.shape)}")
     if gate not in GATES:
         problems.append(f"gate must be one of {GATES}, got {gate=}")
-    if len(weights) != len(scales) or not weights:
+    if len(weights) != len(scales) or not len(weights):
         problems.append(f"expected one kernel per scale, got {len(weights)} for {scales=}")
     for weight in weights:
-        if weight.shape != expected:
-            problems.append(f"kernels must be {list(expected)}, got {list(weight.shape)}")
-        if weight.dtype != u.dtype or weight.device != u.device:
+        if weight.shape != expected or size % 2 == 0:
+            odd = "" if size % 2 else " with an odd k"
+            problems.append(f"kernels must be {list(expected)}{odd}, got {list(weight.shape)}")
+        if weight.dtype != dtype or weight.device != device:
             problems.append(
-                f"expected a kernel in {u.dtype} on {u.device}, got {weight.dtype} on "
+                f"expected a kernel in {dtype} on {device}, got {weight.dtype} on "
                 f"{weight.device}; cast it first"
             )
+    if x is not None and u.ndim == 4:
+        shapes = _projection_shapes(u, x, len(scales))
+        for name, tensor, shape in zip(_PROJECTION, (x, *linear), shapes, strict=True):
+            if tensor.shape != shape:
+                problems.append(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+            if tensor.device != device:
+                problems.append(f"expected {name} on {device}, got {tensor.device}; move it first")
     raise ValueError("This pyramid cannot be computed: " + "; ".join(problems) + ".")
+
+
+def _projection_shapes(u, x, levels: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes that x [..., C] and the tensors of both projections must have beside u."""
+    batch, height, width, channels = u.shape
+    dim = x.shape[-1] if x.ndim else 0
+    wide = channels // 2 * levels
+    return (batch, height, width, dim), (dim, wide), (dim,), (dim, dim), (dim,)

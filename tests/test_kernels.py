@@ -200,6 +200,44 @@ def test_everything_that_does_not_fit_is_said_before_anything_runs():
         assert part in message
 
 
+MISFITS = {
+    "x": ((2, 5, 4, 16), "x must be [2, 4, 4, 16], got [2, 5, 4, 16]"),
+    "tokens": ((2, 16, 16), "x must be [2, 4, 4, 16], got [2, 16, 16]"),
+    "out_weight": ((16, 4), "out_weight must be [16, 8], got [16, 4]"),
+    "out_bias": ((8,), "out_bias must be [16], got [8]"),
+    "pool_weight": ((8, 8), "pool_weight must be [16, 16], got [8, 8]"),
+    # torch would stretch it, and a kernel read on behind it.
+    "pool_bias": ((1,), "pool_bias must be [16], got [1]"),
+}
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["drawing", "training"])
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_projection_that_does_not_fit_is_refused(name, gradient):
+    case = Case(2, 4, 4, 16, 3)
+    inputs = accuracy.make_inputs(case, torch.float32, "cpu")
+    shape, message = MISFITS[name]
+    inputs[accuracy.NAMES.index("x" if name == "tokens" else name)] = torch.randn(shape)
+    inputs[1].requires_grad_(gradient)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        accuracy.project(case, inputs)
+
+
+def test_every_tensor_is_on_the_device_of_u():
+    case = Case(1, 4, 4, 8, 3)
+    for index, name in enumerate(accuracy.NAMES):
+        inputs = accuracy.make_inputs(case, torch.float32, "cpu")
+        inputs[index] = inputs[index].to("meta")
+        message = f"expected {name} on cpu, got meta; move it first"
+        with pytest.raises(ValueError, match="a kernel in .* on meta" if name == "u" else message):
+            accuracy.project(case, inputs)
+
+
+def test_a_kernel_without_a_middle_is_refused():
+    with pytest.raises(ValueError, match=r"kernels must be \[4, 4, 8\] with an odd k"):
+        kernels.gated_pyramid(torch.randn(1, 6, 6, 8), [torch.randn(4, 4, 8)], (1.0,), "scaled")
+
+
 def test_half_precision_runs_in_single_on_a_cpu():
     # Without this a CPU needs a hundred times as long for the same map.
     x, weight = torch.randn(1, 6, 4, 5).half(), torch.randn(3, 3, 6).half()

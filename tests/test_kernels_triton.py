@@ -202,6 +202,15 @@ def test_bare_launches_refuse_to_lose_a_gradient():
     assert backward is not None
 
 
+def test_nothing_is_read_behind_the_end_of_a_tensor():
+    # Weights of another size once gave a picture of whatever lay behind them in memory.
+    case = Case(1, 4, 4, 16, 3)
+    inputs = accuracy.make_inputs(case, torch.float32, DEVICE)
+    inputs[4], inputs[5] = inputs[4][:8, :8], inputs[5][:8]
+    with pytest.raises(ValueError, match=r"pool_weight .*\[8, 8\]; pool_bias .*\[8\]"):
+        accuracy.project(case, inputs)
+
+
 def test_float64_is_refused_when_triton_is_forced():
     inputs = accuracy.make_inputs(Case(1, 3, 3, 8, 3), torch.float64, DEVICE)
     with pytest.raises(RuntimeError, match=r"fp16, bf16 and fp32, not torch.float64"):
