@@ -205,3 +205,21 @@ def test_blocks_to_start_from_are_kept_and_the_others_initialised():
     assert all(torch.equal(found[name], tensor) for name, tensor in other.state_dict().items())
     # Other queries are picked to measure where its site looks.
     assert record.losses == {"second": pytest.approx(whole.losses["second"], rel=0.2)}
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 4])
+def test_accumulation_gives_the_layers_gradients_of_the_whole_batch(accumulate):
+    """Images differ in power, so a part's own power would not do; also in parts of unequal size."""
+
+    def gradients(parts):
+        settings = toy_settings(1, 0, init="random")
+        layers = replace(settings.layers, accumulate=parts, clip=1e9)
+        found = {}
+        for record in distil(ToyTeacher(), PLAN, toy_data(), replace(settings, layers=layers)):
+            found |= {n: p.grad.clone() for n, p in record.student.parameters.items() if record.lr}
+        return record.losses, found
+
+    (losses, whole), (again, parts) = gradients(1), gradients(accumulate)
+    assert again == pytest.approx(losses, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)

@@ -13,7 +13,7 @@ from .informed import initialise, refit
 from .record import Record, is_out_of_memory, memory_in_use
 from .replay import replay_of
 from .settings import DistilError, DistilSettings, StageSettings, new_blocks, read_plan
-from .stages import joint_losses, layer_losses
+from .stages import LayerLosses, joint_losses
 from .state import State, load_state, save_state, state_files
 from .student import Optimiser, Student, take_weights
 from .teacher import Teacher
@@ -203,11 +203,16 @@ class _Run:
     def _losses(self, stage: StageSettings, batch: Batch, joint: bool) -> dict[str, float]:
         """Gradients of the whole batch, part by part; loss by name, mean over its images."""
         self.optimiser.zero()
+        parts, backward = batch.parts(self._parts(stage)), self.optimiser.backward
+        if not joint:
+            layers = LayerLosses(self.student, len(batch), backward)
+            for part in parts:
+                layers.add(self.teacher, part)
+            return {name: float(loss) for name, loss in layers.finish().items()}
         totals: dict[str, torch.Tensor] = {}
-        for part in batch.parts(self._parts(stage)):
+        for part in parts:
             share = len(part) / len(batch)
-            arguments = (self.teacher, self.student, part, share, self.optimiser.backward)
-            losses = joint_losses(*arguments, self.settings) if joint else layer_losses(*arguments)
+            losses = joint_losses(self.teacher, self.student, part, share, backward, self.settings)
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.double() * share
         return {name: float(total) for name, total in totals.items()}

@@ -1,4 +1,4 @@
-"""The losses of the two training stages, each computed and propagated for one part of a batch."""
+"""The losses of the two training stages, computed and propagated part by part of a batch."""
 
 from collections.abc import Callable
 
@@ -13,33 +13,56 @@ from .teacher import Teacher
 Backward = Callable[[torch.Tensor], None]
 Losses = dict[str, torch.Tensor]
 
+_TINY = 1e-12
 
-def layer_losses(
-    teacher: Teacher, student: Student, batch: Batch, share: float, backward: Backward
-) -> Losses:
-    """Every block regresses its own layer in one teacher pass: site → loss over output power.
+
+class LayerLosses:
+    """Every block regresses its own layer: site → squared error over the layer's output power.
 
     No gradient passes through the base; each block's graph is freed before the next site runs.
-    `share` is this part's weight in the step. A host may show a site its images in several turns.
+    A site's error reaches its own block alone, so the parts of a batch of `images` are divided by
+    the first part's power, and `finish` puts the whole batch's in its place.
     """
-    losses: Losses = {}
 
-    def visit(site, x, attend):
-        y = attend()
-        if site in student.blocks:
-            with torch.enable_grad():
-                target = y.detach().float()
-                # A clone where the host computes in inference mode: those tensors cannot be saved.
-                source = x.clone() if x.is_inference() else x.detach()
-                error = F.mse_loss(student.run(site, source).float(), target)
-                loss = error / target.square().mean().clamp_min(1e-12) * (len(x) / len(batch))
-                backward(loss * share)
-            losses[site] = losses.get(site, 0.0) + loss.detach()
-        return y
+    def __init__(self, student: Student, images: int, backward: Backward):
+        self.student, self.images, self.backward = student, images, backward
+        self.errors: Losses = {}
+        self.powers: Losses = {}
+        self.units: Losses = {}
 
-    with torch.no_grad():
-        teacher.predict(batch.x, batch.sigma, batch.conditions, visit)
-    return losses
+    def add(self, teacher: Teacher, part: Batch) -> None:
+        """Gradients of one part, in one teacher pass; a host may show a site in several turns."""
+
+        def visit(site, x, attend):
+            y = attend()
+            if site in self.student.blocks:
+                self._regress(site, x, y.detach().float())
+            return y
+
+        with torch.no_grad():
+            teacher.predict(part.x, part.sigma, part.conditions, visit)
+
+    def finish(self) -> Losses:
+        """The gradients and losses of the whole batch."""
+        for site, unit in self.units.items():
+            if self.powers[site] is not unit:
+                factor = unit / self.powers[site].clamp_min(_TINY)
+                for parameter in self.student.blocks[site].parameters():
+                    parameter.grad.mul_(factor)
+        return {site: e / self.powers[site].clamp_min(_TINY) for site, e in self.errors.items()}
+
+    def _regress(self, site: str, x: torch.Tensor, target: torch.Tensor) -> None:
+        share = len(x) / self.images
+        power = target.square().mean() * share
+        unit = self.units.setdefault(site, power)
+        with torch.enable_grad():
+            # A clone where the host computes in inference mode: those tensors cannot be saved.
+            source = x.clone() if x.is_inference() else x.detach()
+            error = F.mse_loss(self.student.run(site, source).float(), target) * share
+            self.backward(error / unit.clamp_min(_TINY))
+        known = site in self.errors
+        self.errors[site] = self.errors[site] + error.detach() if known else error.detach()
+        self.powers[site] = self.powers[site] + power if known else power
 
 
 def joint_losses(
@@ -54,7 +77,8 @@ def joint_losses(
 
     noise MSE(ε̂_student, ε), teacher MSE(ε̂_student, ε̂_teacher), features Σ MSE(h_student, h_teacher)
     over the hidden states after each site's residual add, normalised_features the mean of these
-    over the power of h_teacher. Source of the first three: arXiv 2504.21292.
+    over the power of h_teacher in this part of the batch. `share` is the part's weight in the step.
+    Source of the first three: arXiv 2504.21292.
     """
     weights = {name: weight for name, weight in settings.losses.items() if weight}
     by_feature = bool(weights.keys() & {"features", "normalised_features"})
@@ -79,7 +103,7 @@ def joint_losses(
                 losses["features"] = weights["features"] * sum(errors.values())
             if "normalised_features" in weights:
                 relative = [
-                    error / goal[site].float().square().mean().clamp_min(1e-12)
+                    error / goal[site].float().square().mean().clamp_min(_TINY)
                     for site, error in errors.items()
                 ]
                 losses["normalised_features"] = (
