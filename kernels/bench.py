@@ -151,7 +151,14 @@ def main(argv: list[str] | None = None) -> int:
     sets = ("rows", "sweep", "models", "training", "small")
     parser.add_argument("--only", choices=sets, action="append", help="default: all but small")
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--comfyui", metavar="PATH", help="whole models through this ComfyUI")
+    parser.add_argument(
+        "--comfyui",
+        metavar="PATH",
+        help="whole models through this ComfyUI: stock and ours need its comfy/ alone; ToMe, "
+        "HyperTile and EasyCache are its own nodes and need the whole tree (comfy_extras, comfy_api, "
+        "comfy_execution, folder_paths). Weights are random, so EasyCache skips other steps than "
+        "with a trained model: read how many it computed beside its time",
+    )
     parser.add_argument("--flops", action="store_true", help="count operations instead of time")
     options = parser.parse_args(argv)
     if options.flops or options.comfyui:
