@@ -1,23 +1,33 @@
 """Block or attention: whichever is faster for a layer and shape on this device, measured once."""
 
+import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
 
-# Calls shorter than this are repeated; a longer one is its own proof.
+# Seconds of timing that a device is given in one process; the key that spends the last is finished.
+BUDGET = 2.0
+# Calls shorter than this are repeated.
 _SHORT = 0.05
 _REPEATS = 5
+# Loading its kernels does not make a first call of attention this long. Where it is, and takes so
+# many times as long as the block, a second would not change the choice.
+_LONG = 0.2
+_CLEAR = 2
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Seconds per call of both ways of one layer at one shape."""
+    """Seconds per call of both ways of one layer at one shape; infinite: it ran out of memory."""
 
     block: float
     attention: float
+    # Otherwise `block` is at most, `attention` at least what another size's times tell.
+    measured: bool = True
 
     @property
     def takes_block(self) -> bool:
@@ -26,38 +36,96 @@ class Choice:
 
 @dataclass
 class Choices:
-    """Choices measured so far; one instance serves the whole process."""
+    """Choices made so far and the seconds they took; one instance serves the whole process."""
 
-    measured: dict[Hashable, Choice] = field(default_factory=dict)
+    made: dict[Hashable, Choice] = field(default_factory=dict)
+    spent: defaultdict[torch.device, float] = field(default_factory=lambda: defaultdict(float))
+    _timed: list[tuple[torch.device, int, Choice]] = field(default_factory=list)
 
     def choose(
         self,
         key: Hashable,
         device: torch.device,
+        tokens: int,
         block: Callable[[], object],
         attention: Callable[[], object],
     ) -> Choice:
-        """The choice for `key`; both are called a few times where it was not measured before."""
-        if key not in self.measured:
-            self.measured[key] = measure(device, block, attention)
-        return self.measured[key]
+        """The choice for `key`, a map of so many tokens.
+
+        Both are called a few times where it was not made before, unless the device's `BUDGET` is
+        spent: then the times of other maps decide.
+        """
+        if key not in self.made:
+            if self.spent[device] >= BUDGET:
+                self.made[key] = self._judged(device, tokens)
+            else:
+                choice, took = measure(device, block, attention, BUDGET - self.spent[device])
+                self.spent[device] += took
+                self._timed.append((device, tokens, choice))
+                self.made[key] = choice
+        return self.made[key]
+
+    def _judged(self, device: torch.device, tokens: int) -> Choice:
+        """The block where a timed map proves it, otherwise attention, which nobody can regret.
+
+        On a smaller map the block takes no longer, and attention at least the square of the ratio;
+        on a larger one attention grows faster than the block.
+        """
+        bounds = [
+            Choice(known.block, known.attention * min(1, tokens / size) ** 2, measured=False)
+            for where, size, known in self._timed
+            if where == device and math.isfinite(known.attention)
+        ]
+        stays = Choice(math.inf, 0.0, measured=False)
+        return max(bounds, key=lambda choice: choice.attention - choice.block, default=stays)
 
 
 def measure(
-    device: torch.device, block: Callable[[], object], attention: Callable[[], object]
-) -> Choice:
-    """Interleaved medians after one warm-up call of each."""
-    ways = (block, attention)
-    times = [[seconds(device, way)] for way in ways]
-    # The warm-up may compile; it counts only where a call is so long that this hardly matters.
-    if min(first for (first,) in times) > 10 * _SHORT:
-        return Choice(*(first for (first,) in times))
-    times = [[seconds(device, way)] for way in ways]
-    if max(first for (first,) in times) < _SHORT:
+    device: torch.device,
+    block: Callable[[], object],
+    attention: Callable[[], object],
+    budget: float = BUDGET,
+) -> tuple[Choice, float]:
+    """The choice by interleaved medians, and the seconds that it took, compilation aside.
+
+    Attention is called once only where that is as good as a proof, or where a second call would go
+    beyond `budget`. What runs out of memory has lost; if that is both, it is raised.
+    """
+    start = time.perf_counter()
+    first = warm = _seconds(device, block)
+    if first < math.inf:
+        # The first call may compile, for longer than all else here takes; drawing needs that too.
+        warm = _seconds(device, block)
+        start += max(0.0, first - warm)
+
+    def spent() -> float:
+        return time.perf_counter() - start
+
+    if warm == math.inf:
+        return Choice(math.inf, seconds(device, attention)), spent()
+    taken = _seconds(device, attention)
+    if taken > max(_LONG, _CLEAR * warm) or spent() + taken > budget:
+        return Choice(warm, taken), spent()
+    # The first call of attention may have loaded its kernels.
+    ways, times = (block, attention), ([warm], [_seconds(device, attention)])
+    if max(warm, *times[1]) < _SHORT:
         for _ in range(_REPEATS - 1):
-            for way, taken in zip(ways, times, strict=True):
-                taken.append(seconds(device, way))
-    return Choice(*map(statistics.median, times))
+            for way, series in zip(ways, times, strict=True):
+                series.append(_seconds(device, way))
+    return Choice(*map(statistics.median, times)), spent()
+
+
+def _seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """`seconds`, infinite where the call runs out of memory."""
+    try:
+        return seconds(device, call)
+    except (RuntimeError, MemoryError) as error:
+        # By their words where torch has no type for it: CPUs (Linux, Windows) and Apple's GPUs.
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        typed = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+        if typed or any(word in str(error) for word in words):
+            return math.inf
+        raise
 
 
 def seconds(device: torch.device, call: Callable[[], object]) -> float:
@@ -70,6 +138,9 @@ def seconds(device: torch.device, call: Callable[[], object]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; a CPU has nothing to wait for."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    """Wait for this device, which need not be the current one; a CPU has nothing to wait for."""
+    if device.type == "mps":
+        # There is one, and its function takes no argument.
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)

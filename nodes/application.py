@@ -1,8 +1,9 @@
 """What the patched sites of one application share: when they act, and what was said already."""
 
 import logging
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..deltaconv import DeltaConvBlock
-from ..deltaconv.choice import Choice, Choices
+from ..deltaconv.choice import BUDGET, Choice, Choices
 from ..deltaconv.report import choices_report
 from .sites import ModelSites, Site
 
@@ -69,18 +70,43 @@ class Application:
         def convolve():
             return block(x.unflatten(1, size)).flatten(1, 2)
 
-        # A compiler traces one way; timing it would time the tracing.
-        if not self.where_faster or torch.compiler.is_compiling():
+        if not self.where_faster:
             return convolve()
-        shape = (x.shape[0], *size)
-        layer = (site.dim, site.parameters, block.kernel_size, block.scales, block.gate)
-        choice = _CHOICES.choose((x.device, x.dtype, shape, layer), x.device, convolve, attend)
+        # `index` makes numbers again of what a compiler left open: every size has its own choice.
+        shape = tuple(map(operator.index, (x.shape[0], *size)))
+        layer = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
+        key = (x.device, x.dtype, shape, layer, block.scales, block.gate)
+        if torch.compiler.is_compiling():
+            return convolve() if self.takes_compiled_block(site.path, key) else attend()
+        tokens = size[0] * size[1]
+        choice = _CHOICES.choose(key, x.device, tokens, convolve, attend)
         self.chosen[site.path, shape] = choice
         return convolve() if choice.takes_block else attend()
 
+    @torch.compiler.assume_constant_result
+    def takes_compiled_block(self, path: str, key: Hashable) -> bool:
+        """What was chosen before a compiler traces one way; timing that would time the tracing."""
+        choice = _CHOICES.made.get(key)
+        if choice is None:
+            self.say_once(
+                "compile",
+                "ΔConv: expected layers to be timed before the model is compiled, got none at "
+                f"{path}. Blocks run where that is so; connect a latent of the final size and "
+                "batch to Apply ΔConv to have them timed.",
+            )
+            return True
+        self.chosen[path, key[2]] = choice
+        return choice.takes_block
+
     def after_sampling(self, _: ModelPatcher) -> None:
         """ON_CLEANUP callback: say once what was chosen for every shape."""
-        for sentence in choices_report(self.chosen):
+        sentences = choices_report(self.chosen)
+        if judged := sum(not choice.measured for choice in self.chosen.values()):
+            sentences.append(
+                f"{judged} of these layers and shapes were not timed, but judged by the times of "
+                f"others: the {BUDGET:.0f} s for timing on this device are spent"
+            )
+        for sentence in sentences:
             if sentence not in self._said:
                 self._said.add(sentence)
                 log.info("ΔConv: %s", sentence)

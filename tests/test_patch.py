@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import math
+import re
 import weakref
 from dataclasses import replace
 
@@ -421,6 +423,7 @@ def choose_by(monkeypatch, takes_block):
         return 0.01 if (call.__name__ == "convolve") == takes_block else 0.02
 
     monkeypatch.setattr(choice, "seconds", told)
+    monkeypatch.setattr(choice, "BUDGET", math.inf)
     monkeypatch.setattr(application, "_CHOICES", choice.Choices())
 
 
@@ -452,6 +455,53 @@ def test_where_faster_on_pixart(pixart, pixart_weights, monkeypatch):
     patched, report = apply(pixart, pixart_weights, when="where faster", latent=latent)
     assert "blocks run in 0 of 3 layers" in report
     assert torch.equal(sample_pixart(patched), sample_pixart(pixart))
+
+
+def test_a_compiled_model_keeps_attention_where_it_was_faster(pixart, pixart_weights, monkeypatch):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    choose_by(monkeypatch, False)
+    latent = {"samples": torch.zeros(1, 4, 36, 48)}
+    patched, _ = apply(pixart, pixart_weights, when="where faster", latent=latent)
+    torch._dynamo.reset()
+    set_torch_compile_wrapper(patched, backend="eager")
+    alone = sample_pixart(pixart, steps=1)
+    torch.testing.assert_close(sample_pixart(patched, steps=1), alone)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_compiler_sees_one_way_and_no_break(comfy, monkeypatch, caplog, dynamic):
+    from comfyui_deltaconv.nodes.application import Application
+    from comfyui_deltaconv.nodes.sites import Site
+
+    choose_by(monkeypatch, False)
+    application = Application(None, (), where_faster=True)
+    site, block = Site("middle.attn1", 16, 0, 100), DeltaConvBlock(16, 3)
+
+    def layer(x, size):
+        return application.compute(site, block, x, size, lambda: 2 * x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=dynamic)
+    timed = torch.randn(2, 20, 16)
+    layer(timed, (5, 4))
+    for height in (6, 7):
+        never = torch.randn(2, 4 * height, 16)
+        expected = block(never.unflatten(1, (height, 4))).flatten(1, 2)
+        torch.testing.assert_close(compiled(never, (height, 4)), expected)
+        assert torch.equal(compiled(timed, (5, 4)), 2 * timed)
+    assert list(application.chosen) == [("middle.attn1", (2, 5, 4))]
+    assert caplog.text.count("expected layers to be timed before the model is compiled") == 1
+
+
+def test_what_was_not_timed_is_said(base, weights, monkeypatch, caplog):
+    from comfyui_deltaconv.deltaconv import choice
+
+    choose_by(monkeypatch, True)
+    monkeypatch.setattr(choice, "BUDGET", 1e-9)
+    with caplog.at_level(logging.INFO):
+        sample(apply(base, weights, when="where faster")[0], size=(8, 8), steps=1)
+    assert re.search(r"[1-9] of these layers and shapes were not timed, but judged", caplog.text)
 
 
 @pytest.fixture
