@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_deltaconv.kernels import bench, plot
 from comfyui_deltaconv.kernels.accuracy import distance
-from comfyui_deltaconv.kernels.benchmark import contenders, measure, rows
+from comfyui_deltaconv.kernels.benchmark import check, contenders, measure, rows, trial
 from comfyui_deltaconv.kernels.benchmark.rows import Row
 
 CPU = torch.device("cpu")
@@ -46,22 +46,101 @@ def test_table_and_plot_come_from_the_json(report, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_wrong_result_gets_no_time(monkeypatch):
+def broken(monkeypatch, spoil):
+    """`ours` gives what `spoil` makes of its result."""
     right = contenders.CONTENDERS["ours"]
 
     def wrong(*arguments):
         contender = right(*arguments)
-        return contender._replace(run=lambda x: contender.run(x) * 1.001)
+        return contender._replace(run=lambda x: spoil(contender.run(x)))
 
     monkeypatch.setitem(contenders.CONTENDERS, "ours", wrong)
-    result = bench.measure_forward(TINY[0], 1, torch.float32, CPU, ("nchw", "ours"), 1)
+
+
+def zero_between(y, first=1600, last=None):
+    """y [B, N, C] without the tokens from `first` to `last`, where there are so many."""
+    y = y.clone()
+    y[:, first:last] = 0
+    return y
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(gradient)
+
+
+@pytest.mark.parametrize(
+    ("side", "spoil"),
+    [
+        (8, lambda y: y * 1.001),
+        (41, lambda y: zero_between(y) if y.shape[1] > 1600 else y),
+        (41, zero_between),
+        # Beyond the windows that float64 looks at: row 20 of 64.
+        (64, lambda y: zero_between(y, 20 * 64, 20 * 64 + 16)),
+        # The last token of the last image.
+        (64, lambda y: torch.cat([y[:1], zero_between(y[1:], 4095)])),
+        (64, lambda y: y * float("nan")),
+    ],
+)
+def test_a_wrong_result_gets_no_time(monkeypatch, side, spoil):
+    broken(monkeypatch, spoil)
+    row = TINY[0]._replace(side=side)
+    result = trial.measure_forward(row, 2, torch.float32, CPU, ("nchw", "ours"), 1)
     assert list(result["eager"]) == ["nchw"]
     assert "WRONG RESULT, not timed" in result["left_out"]["ours"]
 
 
+@pytest.mark.parametrize("side", [8, 41])
+def test_a_wrong_gradient_gets_no_time(monkeypatch, side):
+    large = {"only above 400 tokens": lambda y: WithoutGradient.apply(y) if y.shape[1] > 400 else y}
+    for spoil in (WithoutGradient.apply, *(large.values() if side == 41 else ())):
+        with monkeypatch.context() as patch:
+            broken(patch, spoil)
+            row = TINY[0]._replace(side=side)
+            result = trial.measure_training(row, 2, torch.float32, CPU, ("nchw", "ours"), 1)
+        assert list(result["eager"]) == list(result["saved"]) == ["nchw"]
+        assert "WRONG GRADIENT of x, not timed" in result["left_out"]["ours"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("side", [41, 64])
+def test_nothing_right_is_called_wrong(dtype, side):
+    for row in (TINY[0], TINY[1]._replace(kernel_size=13)):
+        row = row._replace(side=side)
+        names = ("attn1", "linfus", "nchw", "nhwc", "ours")
+        assert not trial.measure_forward(row, 2, dtype, CPU, names, 1)["left_out"]
+        assert not trial.measure_training(row, 2, dtype, CPU, names[2:], 1)["left_out"]
+
+
+@pytest.mark.parametrize("name", ["attn1", "linfus", "nchw"])
+def test_a_window_is_that_part_of_the_whole(name):
+    row = Row("tiny", 16, 7, 64, 2, 8)
+    contender = contenders.CONTENDERS[name](row, torch.float32, CPU)
+    x = check.random_input(row, 2, torch.float32, CPU)
+    whole = contender.exact(x.double())
+    for window in check.windows(row.side):
+        error = distance(contender.at(x, window), window.of(whole))
+        assert error.worst < 1e-12, window
+
+
+def test_a_contender_without_memory_is_said_and_the_rest_goes_on(monkeypatch):
+    def spoil(y):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB")
+
+    broken(monkeypatch, spoil)
+    for measured in (trial.measure_forward, trial.measure_training):
+        result = measured(TINY[0], 1, torch.float32, CPU, ("nchw", "ours"), 1)
+        assert result["left_out"] == {"ours": "out of memory"} and list(result["eager"]) == ["nchw"]
+
+
 def test_attention_is_attention():
     contender = contenders.CONTENDERS["attn1"](TINY[0], torch.float32, CPU)
-    x = bench.random_input(TINY[0], 2, torch.float64, CPU)
+    x = check.random_input(TINY[0], 2, torch.float64, CPU)
     state = contender.exact.state_dict()
     q, k, v = ((x @ state[f"to_{n}.weight"].T).unflatten(-1, (2, 8)) for n in "qkv")
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5
@@ -73,7 +152,7 @@ def test_attention_is_attention():
 def test_linfusion_is_its_formula():
     row = TINY[0]
     module = contenders.CONTENDERS["linfus"](row, torch.float32, CPU).exact
-    x = bench.random_input(row, 1, torch.float64, CPU)
+    x = check.random_input(row, 1, torch.float64, CPU)
     q = torch.nn.functional.elu(module.to_q(x + module.add_q(x))) + 1
     k = torch.nn.functional.elu(module.to_k(x + module.add_k(x))) + 1
     v = module.to_v(x)

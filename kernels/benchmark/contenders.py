@@ -13,18 +13,32 @@ from torch import nn
 
 from .. import pyramid_projection, pyramid_projection_definition
 from ..accuracy import Case, make_inputs
-from ..gated_pyramid import apply_gate, pooled_size
-from .rows import SCALES, Row
+from ..gated_pyramid import apply_gate, gated_pyramid_definition, pooled_size
+from .rows import SCALES, Row, Window
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Contender(NamedTuple):
-    """`run` is timed; `exact`, in float64, is what it should give; `tensors` are its weights."""
+    """`run` is timed; `exact`, in float64, is what it should give; their tensors are the weights.
+
+    `at(x, window)` is `exact` in one window of a map that is too large for all of it.
+    """
 
     run: Function
     exact: Function
     tensors: list[torch.Tensor]
+    exact_tensors: list[torch.Tensor]
+    at: Callable[[torch.Tensor, Window], torch.Tensor]
+
+
+# Tokens that are widened to float64 at a time.
+CHUNK = 2**16
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is computed: many devices have none."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 class Attention(nn.Module):
@@ -44,9 +58,22 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
+    def at(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        """x [B, N, C] → what the window's queries get, [B, side², C] in the weights' dtype."""
+        results = []
+        for image in x.to(self.to_out.weight.device).split(1):
+            image = image.to(self.to_out.weight)
+            k, v = self.split(self.to_k(image)), self.split(self.to_v(image))
+            q = self.split(self.to_q(window.of(image)))
+            results.append(F.scaled_dot_product_attention(q, k, v))
+        return self.to_out(torch.cat(results).transpose(1, 2).flatten(2))
+
 
 class LinFusion(Attention):
-    """LinFusion's linear attention, from its formula: q·(kᵀv/n) / (q·mean(k) + 1e-4)."""
+    """LinFusion's linear attention, from its formula: q·(kᵀv/n) / (q·mean(k) + 1e-4).
+
+    The product is divided by n and not v, which would leave fp16's range on large maps.
+    """
 
     def __init__(self, row: Row):
         super().__init__(row)
@@ -61,20 +88,37 @@ class LinFusion(Attention):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = F.elu(self.split(self.to_q(x + self.add_q(x)))) + 1
-        k = F.elu(self.split(self.to_k(x + self.add_k(x)))) + 1
-        v = self.split(self.to_v(x))
-        weighted = q @ (k.transpose(2, 3) @ (v / x.shape[1]))
-        out = weighted / (q @ k.mean(dim=2, keepdim=True).transpose(2, 3) + 1e-4)
+        q, k, v = self.query(x), self.key(x), self.split(self.to_v(x))
+        product = k.transpose(2, 3) @ v / x.shape[1]
+        return self.result(q, product, k.mean(dim=2, keepdim=True))
+
+    def query(self, x: torch.Tensor) -> torch.Tensor:
+        return F.elu(self.split(self.to_q(x + self.add_q(x)))) + 1
+
+    def key(self, x: torch.Tensor) -> torch.Tensor:
+        return F.elu(self.split(self.to_k(x + self.add_k(x)))) + 1
+
+    def result(self, q, product, mean) -> torch.Tensor:
+        out = q @ product / (q @ mean.transpose(2, 3) + 1e-4)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def at(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        product = mean = 0
+        for chunk in x.split(CHUNK, 1):
+            chunk = chunk.to(self.to_out.weight)
+            k = self.key(chunk)
+            product = product + k.transpose(2, 3) @ self.split(self.to_v(chunk)) / x.shape[1]
+            mean = mean + k.sum(dim=2, keepdim=True) / x.shape[1]
+        return self.result(self.query(window.of(x).to(self.to_out.weight)), product, mean)
 
 
 def _module(make, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
     torch.manual_seed(0)
     module = make(row).to(device, dtype)
-    exact = make(row).double()
-    exact.load_state_dict({name: t.cpu().double() for name, t in module.state_dict().items()})
-    return Contender(module, exact, list(module.parameters()))
+    exact = make(row).to(float64_device(device), torch.float64)
+    exact.load_state_dict(module.state_dict())
+    tensors = [list(m.parameters()) for m in (module, exact)]
+    return Contender(module, exact, *tensors, exact.at)
 
 
 def from_torch(channels_last: bool):
@@ -128,8 +172,21 @@ def _block(op, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
 
         return run
 
-    exact = [tensor.cpu().double() for tensor in tensors]
-    return Contender(function(op, tensors), function(pyramid_projection_definition, exact), tensors)
+    exact = [tensor.to(float64_device(device), torch.float64) for tensor in tensors]
+
+    def at(x: torch.Tensor, window: Window) -> torch.Tensor:
+        # The half-resolution level reaches twice as far, and one cell more where it is upsampled.
+        crop, top, left = window.wider(x, 2 * (row.kernel_size // 2 + 1))
+        up_weight, up_bias, out_weight, out_bias, *pool = exact[:6]
+        u = F.linear(crop.to(up_weight), up_weight, up_bias)
+        pyramid = gated_pyramid_definition(u, exact[6:], SCALES, row.gate)
+        pyramid = pyramid[:, top : top + window.side, left : left + window.side]
+        sums = [chunk.to(up_weight).sum(1, keepdim=True) for chunk in x.split(CHUNK, 1)]
+        context = F.linear(sum(sums) / x.shape[1], *pool)
+        return F.linear(pyramid, out_weight, out_bias).flatten(1, 2) + context
+
+    definition = function(pyramid_projection_definition, exact)
+    return Contender(function(op, tensors), definition, tensors, exact, at)
 
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {

@@ -12,8 +12,10 @@ SAMPLE_SECONDS = 0.003
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
 
 
 def once(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
@@ -25,12 +27,14 @@ def once(call: Callable[[], object], device: torch.device, times: int = 1) -> fl
             call()
         synchronize(device)
         return (time.perf_counter() - start) / times
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        call()
-    stop.record()
-    stop.synchronize()
+    # Events, and Triton's launches, are the current device's.
+    with torch.cuda.device(device):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            call()
+        stop.record()
+        stop.synchronize()
     return start.elapsed_time(stop) / 1000 / times
 
 
@@ -57,28 +61,35 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high, "samples": len(values)}
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """The call as a CUDA graph's replay: device time without a host in the way."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
     return graph.replay
 
 
-def extra_memory(call: Callable[[], torch.Tensor]) -> int:
-    """Bytes at the call's peak beyond what was there before and what it returns (CUDA)."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
+def extra_memory(call: Callable[[], object], device: torch.device | None = None) -> int:
+    """Bytes at the call's peak beyond what was there before and what it returns (CUDA).
+
+    The call returns a tensor or several; `device` None is the current one.
+    """
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    results = [result] if isinstance(result, torch.Tensor) else result
+    return peak - before - sum(r.numel() * r.element_size() for r in results)
 
 
 def saved_for_backward(call: Callable[[], torch.Tensor], owned: list[torch.Tensor]) -> int:

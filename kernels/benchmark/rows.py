@@ -1,6 +1,9 @@
 """The shapes that are measured, how often each occurs in a model, and what bounds them."""
 
+import math
 from typing import NamedTuple
+
+import torch
 
 
 class Row(NamedTuple):
@@ -18,6 +21,34 @@ class Row(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.side**2
+
+
+class Window(NamedTuple):
+    """A square of a map: its first row and column, and its side."""
+
+    top: int
+    left: int
+    side: int
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, N, C] of a square map → the window's tokens [B, side², C]."""
+        return self.wider(x, 0)[0].flatten(1, 2)
+
+    def wider(self, x: torch.Tensor, halo: int) -> tuple[torch.Tensor, int, int]:
+        """x [B, N, C] → the window with `halo` around it, as far as there is map; where it begins.
+
+        [B, rows, columns, C], and the window's first row and column in it.
+        """
+        size = side_of(x)
+        top, left = max(0, self.top - halo), max(0, self.left - halo)
+        bottom, right = (min(size, at + self.side + halo) for at in (self.top, self.left))
+        crop = x.unflatten(1, (size, size))[:, top:bottom, left:right]
+        return crop, self.top - top, self.left - left
+
+
+def side_of(x: torch.Tensor) -> int:
+    """Rows of the square map whose tokens are x [B, N, C]."""
+    return math.isqrt(x.shape[1])
 
 
 ROWS = (
