@@ -6,12 +6,14 @@ The configuration, all entries optional:
     data: demo                   # or a folder of pictures, each with a .txt of its caption
     prompts: [red apple]         # instead of data: train on the model's own samples
     samples: 64                  # how many of them
-    size: 64                     # width and height of the pictures in pixels
+    size: 64                     # width and height of the pictures in pixels; default: the model's
     recipe: {<site>: [9, [1, 0.5]]}   # or a kernel alone; default: all sites, 11, 9, 7 by level
     gate: scaled
     preset: default              # or published
     settings: {layers: {steps: 300}, joint: {steps: 300}}   # what differs from the preset
     folder: output/distil        # state, log.jsonl and the weights, deltaconv.safetensors
+
+It computes on torch's accelerator where there is one; --demo and --compare always on the CPU.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from . import ROOT, DevelopmentError, host
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="for --compare")
     options = parser.parse_args(argv)
     config = read_config(options.config)
-    with entered():
+    with entered(accelerator=not (options.compare or options.demo)):
         if options.compare:
             from .distil_compare import compare_recipes
 
@@ -90,6 +93,9 @@ def read_config(path: Path | None) -> dict:
         for name, kind in _ENTRIES.items()
         if name in config and (not isinstance(config[name], kind) or config[name] is True)
     ]
+    for name in ("size", "samples"):
+        if type(config.get(name)) is int and not 1 <= config[name] <= 10**6:
+            problems.append(f"{name}: expected 1 or more, got {config[name]}")
     for name, choices in (("preset", ("default", "published")), ("gate", ("scaled", "sigmoid"))):
         if isinstance(config.get(name, ""), str) and config.get(name, choices[0]) not in choices:
             problems.append(f"{name}: expected one of {choices}, got {config[name]!r:.40}")
@@ -99,10 +105,10 @@ def read_config(path: Path | None) -> dict:
 
 
 @contextmanager
-def entered() -> Iterator[None]:
+def entered(accelerator: bool = False) -> Iterator[None]:
     """ComfyUI in this process, writing nowhere but into a folder that is removed again."""
     with tempfile.TemporaryDirectory(prefix="deltaconv-") as base:
-        host.enter(chosen_tree(), Path(base))
+        host.enter(chosen_tree(), Path(base), accelerator=accelerator)
         yield
 
 
@@ -117,18 +123,19 @@ def run(config: Mapping) -> None:
         teacher = load_teacher(config, settings)
         recipe = config.get("recipe") or default_kernels(teacher.model_sites.levels)
         folder.mkdir(parents=True, exist_ok=True)
-        with teacher:
-            data = chosen_data(config, teacher)
-            gate = config.get("gate", "scaled")
-            records = distil(teacher, recipe, data, settings, gate=gate, folder=folder / "state")
-            with closing(records), open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-                started = time.monotonic()
-                for record in records:
-                    log.write(json.dumps(record.to_mapping()) + "\n")
-                    log.flush()
-                    if record.message or record.step in (1, record.steps) or record.step % 10 == 0:
-                        print(line_of(record, time.monotonic() - started), flush=True)
-            weights = weights_of(record.student, teacher, settings, gate=gate)
+        # Before the teacher is loaded: a CLIP or VAE that needs its memory would push it out.
+        data = chosen_data(config, teacher)
+        gate = config.get("gate", "scaled")
+        records = distil(teacher, recipe, data, settings, gate=gate, folder=folder / "state")
+        log = open(folder / "log.jsonl", "a", encoding="utf-8")
+        with log, teacher, closing(records):
+            started = time.monotonic()
+            for record in records:
+                log.write(json.dumps(record.to_mapping(), allow_nan=False) + "\n")
+                log.flush()
+                if record.message or record.step in (1, record.steps) or record.step % 10 == 0:
+                    print(line_of(record, time.monotonic() - started), flush=True)
+            weights = weights_of(record.student, teacher, settings, steps=len(record.history))
     except (ValueError, OSError) as error:
         raise DevelopmentError(str(error)) from error
     path = write_weights(weights, folder / "deltaconv.safetensors", overwrite=True)
@@ -169,7 +176,13 @@ def load_teacher(config: Mapping, settings):
 
         if not Path(name).is_file():
             raise DevelopmentError(f"Expected a checkpoint, got {name}, which is not there.")
-        model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+        try:
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+        except Exception as error:
+            # Whatever its loaders raise for a file that is damaged or of no known model.
+            raise DevelopmentError(f"ComfyUI cannot load {name}: {error!s:.200}.") from error
+        if model is None:
+            raise DevelopmentError(f"Expected a diffusion model in {name}, got none.")
         title = Path(name).name
     teacher = ComfyTeacher(model, differentiable=settings.joint.steps > 0, name=title)
     teacher.clip, teacher.vae = clip, vae
@@ -177,25 +190,33 @@ def load_teacher(config: Mapping, settings):
 
 
 def chosen_data(config: Mapping, teacher):
-    """The demo's pictures, a folder's, or the teacher's own samples of the prompts."""
+    """The demo's pictures or a folder's; of prompts a function that draws the teacher's samples."""
     from ..deltaconv import demo
     from ..deltaconv.distil import Dataset
     from ..deltaconv.distil.own_samples import own_samples
+    from ..deltaconv.families import FAMILIES
     from ..nodes.conditioning import encode_prompts
+
+    family = FAMILIES.get(teacher.family)
+    pixels = 8 if teacher.vae is not None else 1
+    size = config.get("size", pixels * (family.native_latent if family else 64))
+
+    if size < pixels:
+        raise DevelopmentError(f"Expected a size of {pixels} pixels or more, got {size}.")
 
     def encode(texts):
         return encode_prompts(teacher, list(map(str, texts)), teacher.clip)
 
     (unconditional,) = encode([""])
     if prompts := config.get("prompts"):
-        side = config.get("size", 64) // (8 if teacher.vae is not None else 1)
         channels = teacher.patcher.model.latent_format.latent_channels
-        return own_samples(
+        return partial(
+            own_samples,
             teacher,
             encode(prompts),
             list(map(str, prompts)),
             unconditional,
-            (channels, side, side),
+            (channels, size // pixels, size // pixels),
             count=config.get("samples", 64),
             cache=ROOT / "output" / "distil-samples",
             progress=lambda done, total: print(f"drawn {done} of {total} samples", flush=True),
@@ -205,7 +226,7 @@ def chosen_data(config: Mapping, teacher):
             raise DevelopmentError("Expected data or prompts for a model of your own, got neither.")
         pictures, captions = demo.pictures()
         return Dataset(list(pictures), encode(captions), unconditional)
-    pictures, captions = read_folder(Path(config["data"]), config.get("size", 64))
+    pictures, captions = read_folder(Path(config["data"]), size)
     latents = [encode_picture(teacher, picture) for picture in pictures]
     return Dataset(latents, encode(captions), unconditional)
 

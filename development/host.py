@@ -4,17 +4,20 @@ import sys
 from pathlib import Path
 
 
-def enter(tree: Path, base: Path) -> None:
-    """Make `import comfy` find `tree`, computing on the CPU and writing under `base` alone.
+def enter(tree: Path, base: Path, *, accelerator: bool = False) -> None:
+    """Make `import comfy` find `tree`, writing under `base` alone.
 
+    It computes on the CPU in float32, unless `accelerator` lets it use one where torch has it.
     Must come before anything of ComfyUI is imported; its command-line settings are read at import.
     """
     if "comfy" in sys.modules or "folder_paths" in sys.modules:
         raise RuntimeError(f"Expected no ComfyUI in this process yet, got {sys.modules['comfy']}.")
     sys.path.insert(0, str(tree))
+    import torch
     from comfy.cli_args import args
 
-    args.cpu = True
-    # Some CPUs would be given bfloat16.
-    args.force_fp32 = True
+    if not (accelerator and torch.accelerator.is_available()):
+        args.cpu = True
+        # Some CPUs would be given bfloat16.
+        args.force_fp32 = True
     args.base_directory = str(base)

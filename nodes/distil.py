@@ -69,7 +69,8 @@ class DeltaConvDistill(io.ComfyNode):
                     "folder",
                     default="",
                     tooltip="Name of a folder in output/deltaconv/distillation: one that holds a "
-                    "distillation of this model is gone on with. Empty: a new one.",
+                    "distillation of this model is gone on with. Empty: a new number, which the "
+                    "console says.",
                 ),
                 io.Int.Input("save_every", default=100, min=1, max=1_000_000, advanced=True),
                 io.Int.Input(
@@ -148,7 +149,7 @@ class DeltaConvDistill(io.ComfyNode):
                     max=10_000_000,
                     optional=True,
                     advanced=True,
-                    tooltip="Most megabytes that own samples may take, in memory and on disk.",
+                    tooltip="Most megabytes that own samples may take on disk.",
                 ),
             ],
             outputs=[

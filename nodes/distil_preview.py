@@ -3,11 +3,13 @@
 import logging
 import time
 
+import comfy.model_management
 import comfy.utils
 import latent_preview
 import torch
+from comfy_execution.utils import get_executing_context
 
-from ..deltaconv.distil import Record, sample
+from ..deltaconv.distil import Dataset, Record, sample
 from ..deltaconv.distil.plots import progress_picture
 from ..deltaconv.distil.record import is_out_of_memory
 
@@ -16,34 +18,69 @@ _MOST = 2
 
 
 class LivePreview:
-    """Progress of all stages as one bar, and a picture every `every` steps (0: none)."""
+    """Progress of everything that takes its time, and a picture every `every` steps (0: none).
 
-    def __init__(self, teacher, dataset, settings, every: int):
-        self.teacher, self.dataset, self.every = teacher, dataset, every
-        self.settings = settings
+    `dataset` is set before the first step is shown.
+    """
+
+    dataset: Dataset
+
+    def __init__(self, teacher, settings, every: int):
+        self.teacher, self.settings, self.every = teacher, settings, every
         self.total = 1 + settings.layers.steps + settings.joint.steps
         self.bar = comfy.utils.ProgressBar(self.total)
-        self.started, self.first = time.monotonic(), None
-        self.losses: list[tuple[str, float]] = []
+        self.began: tuple[float, int] | None = None
         self.pictures: list = []
+        self.said = 0.0
+
+    def drawn(self, done: int, total: int) -> None:
+        """So many of the model's own samples are there."""
+        self.bar.update_absolute(done, total)
+        self._say(f"own samples {done}/{total}")
+
+    def initialised(self, share: float) -> None:
+        """A share of the initialisation is done; raises where the queue was interrupted."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.bar.update_absolute(round(100 * share), 100)
+        self._say(f"initialisation {share:.0%}")
 
     def show(self, record: Record) -> None:
         """Move the bar; every so often draw what the student draws by now."""
         done = 1 + record.step if record.stage == "layers" else record.step
         if record.stage == "joint":
             done += 1 + self.settings.layers.steps
-        if record.stage != "init":
-            self.losses.append((record.stage, record.loss))
-        if self.first is None:
-            self.first = done
+        text = f"{record.stage} {record.step}/{record.steps}, loss {record.loss:.4g}"
+        if left := self._left(done):
+            text += f", {left} left"
         preview = None
         if self.every and (record.step % self.every == 0 or done == self.total):
-            preview = self._preview(record, done)
+            preview = self._preview(record, text)
         self.bar.update_absolute(done, self.total, preview)
+        self._say(text, at_once=done == self.total)
 
-    def _preview(self, record: Record, done: int):
+    def _left(self, done: int) -> str:
+        """From the pace of the steps since the first of this run; "" before the second."""
+        now = time.monotonic()
+        if self.began is None:
+            self.began = (now, done)
+        since, first = self.began
+        return (
+            _duration((now - since) / (done - first) * (self.total - done)) if done > first else ""
+        )
+
+    def _say(self, text: str, at_once: bool = False) -> None:
+        """A line on the node itself, once a second at most."""
+        context, now = get_executing_context(), time.monotonic()
+        if context is not None and (at_once or now > self.said + 1):
+            # Imported here: without a server there is no node to write on.
+            from server import PromptServer
+
+            self.said = now
+            PromptServer.instance.send_progress_text(text, context.node_id)
+
+    def _preview(self, record: Record, text: str):
         try:
-            return ("JPEG", self._picture(record, done), 1024)
+            return ("JPEG", self._picture(record, text), 1024)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -52,7 +89,7 @@ class LivePreview:
             self.every = 0
             return None
 
-    def _picture(self, record: Record, done: int):
+    def _picture(self, record: Record, text: str):
         count = min(_MOST, len(self.dataset.latents))
         shape = self.dataset.latents[0].shape
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -64,13 +101,13 @@ class LivePreview:
             teachers = sample(*arguments, steps=_STEPS, cfg=cfg)
             self.pictures = [self._decode(latent) for latent in teachers]
         students = sample(*arguments, steps=_STEPS, cfg=cfg, visit=record.student.visit)
-        rate = (time.monotonic() - self.started) / max(1, done - self.first + 1)
-        return progress_picture(
-            self.losses,
-            list(zip(self.pictures, map(self._decode, students), strict=True)),
-            f"{record.stage} {record.step}/{record.steps}, loss {record.loss:.4g}, "
-            f"{_duration(rate * (self.total - done))} left",
-        )
+        pairs = list(zip(self.pictures, map(self._decode, students), strict=True))
+        layers = len(record.history) - (record.step if record.stage == "joint" else 0)
+        losses = [
+            ("layers" if step < layers else "joint", loss)
+            for step, loss in enumerate(record.history)
+        ]
+        return progress_picture(losses, pairs, text)
 
     def _decode(self, latent: torch.Tensor):
         """latent [C, H, W] → a small PIL picture, as ComfyUI previews latents of this kind."""

@@ -1,5 +1,6 @@
 """What the distillation node does: inputs to data, settings and recipe, then the core's records."""
 
+import logging
 import os
 import time
 from contextlib import closing
@@ -19,13 +20,13 @@ from ..deltaconv.distil import (
     weights_of,
 )
 from ..deltaconv.distil.own_samples import own_samples
-from ..deltaconv.distil.report import distil_report
+from ..deltaconv.distil.report import DistilReport
 from ..deltaconv.families import FAMILIES
 from ..deltaconv.fit import check_fit
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
 from .distil import KERNELS
 from .distil_preview import LivePreview
-from .folders import output_folder
+from .folders import SAMPLES, output_folder
 from .teacher import ComfyTeacher
 
 
@@ -43,33 +44,44 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
     family = FAMILIES.get(teacher.family)
     gate = start.gate if start else family.gate if family else "scaled"
     folder = state_folder(one["folder"])
-    if settings.joint.steps and teacher.why_not_differentiable:
-        raise ValueError(f"The joint stage cannot run: {teacher.why_not_differentiable}")
     started = time.monotonic()
-    with teacher:
-        dataset, settings = _dataset(teacher, settings, latents, positive, one, family)
-        preview = LivePreview(teacher, dataset, settings, one["preview_every"])
-        records = distil(
-            teacher,
-            recipe,
-            dataset,
-            settings,
-            gate=gate,
-            start={site: start.block(site).float() for site in start.sites} if start else None,
-            folder=folder,
+    # Before the teacher is loaded: a CLIP that needs its memory would push it out again.
+    conditions, empty = _conditions(teacher, positive, one)
+    if empty is None:
+        settings = replace(settings, unconditional=0.0)
+    preview, report = LivePreview(teacher, settings, one["preview_every"]), DistilReport()
+    given = latents_of(teacher, latents)
+
+    def data() -> Dataset:
+        preview.dataset = (
+            Dataset(given, conditions, empty or conditions[0])
+            if given
+            else _own_samples(teacher, settings, conditions, empty, one, family, preview.drawn)
         )
-        history = []
-        # Closing saves: after an interrupt too, which comes as an exception out of the loop.
-        with closing(records):
-            for record in records:
-                history.append(record)
-                preview.show(record)
-        weights = weights_of(
-            history[-1].student, teacher, settings, steps=sum(bool(r.losses) for r in history)
-        )
-    losses = [loss for loss in history[-1].history if isfinite(loss)]
-    report = distil_report(history, folder, time.monotonic() - started)
-    return weights, {"loss": losses or [history[-1].loss]}, report
+        return preview.dataset
+
+    records = distil(
+        teacher,
+        recipe,
+        data,
+        settings,
+        gate=gate,
+        start={site: start.block(site).float() for site in start.sites} if start else None,
+        folder=folder,
+        progress=preview.initialised,
+    )
+    logging.info(
+        "ΔConv: distilling; queue again with folder %r to go on where it stops", folder.name
+    )
+    # Closing saves: after an interrupt too, which comes as an exception out of the loop.
+    with teacher, closing(records):
+        for record in records:
+            report.add(record)
+            preview.show(record)
+        weights = weights_of(record.student, teacher, settings, steps=len(record.history))
+    losses = [loss for loss in record.history if isfinite(loss)]
+    text = report.text(folder, time.monotonic() - started)
+    return weights, {"loss": losses or [record.loss]}, text
 
 
 def _settings(one):
@@ -103,6 +115,11 @@ def _recipe(teacher: ComfyTeacher, recipe, kernels: str, start) -> dict:
     if start is not None:
         check_fit(start, teacher.dims, teacher.family)
     if recipe is not None:
+        if not recipe.replaced:
+            raise ValueError(
+                "Expected a recipe that replaces a layer, got one that keeps them all. Change its "
+                "text, or leave it out."
+            )
         return {path: (step.kernel, list(step.scales)) for path, step in recipe.replaced.items()}
     if start is not None:
         return {
@@ -117,8 +134,8 @@ def _recipe(teacher: ComfyTeacher, recipe, kernels: str, start) -> dict:
     }
 
 
-def _dataset(teacher, settings, latents, positive, one, family):
-    """The data, and the settings with unconditional images left out where there is no such."""
+def _conditions(teacher, positive, one) -> tuple[list, object | None]:
+    """What to train with, and the empty prompt; None where there is no such."""
     conditions = conditions_of(positive)
     prompts = [line.strip() for line in (one["prompts"] or "").splitlines() if line.strip()]
     if not conditions and prompts:
@@ -131,15 +148,14 @@ def _dataset(teacher, settings, latents, positive, one, family):
     empty = conditions_of([one["unconditional"]]) if one.get("unconditional") else []
     if not empty and (one.get("clip") is not None or not positive):
         empty = encode_prompts(teacher, [""], one.get("clip"))
-    if not empty:
-        settings = replace(settings, unconditional=0.0)
-    unconditional = empty[0] if empty else conditions[0]
-    if latents:
-        return Dataset(latents_of(teacher, latents), conditions, unconditional), settings
+    return conditions, empty[0] if empty else None
+
+
+def _own_samples(teacher, settings, conditions, empty, one, family, progress) -> Dataset:
     side = one["sample_size"] or (family.native_latent if family else 64)
     channels = teacher.patcher.model.latent_format.latent_channels
-    layers = settings.layers
-    dataset = own_samples(
+    layers, unconditional = settings.layers, empty or conditions[0]
+    return own_samples(
         teacher,
         conditions,
         [digest_of(entry) for entry in conditions],
@@ -149,11 +165,11 @@ def _dataset(teacher, settings, latents, positive, one, family):
         cfg=4.0 if empty else 1.0,
         seed=one["seed"],
         batch=-(-layers.batch // layers.accumulate),
-        cache=Path(output_folder()) / "distillation" / "samples",
+        cache=Path(output_folder()) / "distillation" / SAMPLES,
         max_bytes=one.get("samples_mb", 1024) * 2**20,
         unconditional_name=digest_of(unconditional),
+        progress=progress,
     )
-    return dataset, settings
 
 
 def state_folder(name: str) -> Path:
@@ -170,6 +186,8 @@ def state_folder(name: str) -> Path:
         raise ValueError(
             f"Expected a folder name below {base}, got {name!r}. Leave out .. and absolute paths."
         )
+    if folder == base / SAMPLES:
+        raise ValueError(f"Expected a folder name, got {name!r}, where own samples are kept.")
     return folder
 
 

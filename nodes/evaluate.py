@@ -86,14 +86,14 @@ class DeltaConvEvaluate(io.ComfyNode):
         from .conditioning import conditions_of
         from .teacher import ComfyTeacher
 
-        numbers = [int(word) for word in re.findall(r"\d+", seeds)]
-        if not numbers:
-            raise ValueError(f"Expected seeds such as 1, 2, 3, got {seeds!r}.")
+        numbers = _seeds(seeds)
         with torch.inference_mode(False), torch.no_grad():
             teacher = ComfyTeacher(model)
             check_fit(deltaconv, teacher.dims, teacher.family)
             blocks = {site: deltaconv.block(site).float() for site in deltaconv.sites}
             conditions = conditions_of([positive])
+            if not conditions:
+                raise ValueError("Expected conditioning in positive, got an empty one.")
             texts = _texts(prompts, len(conditions))
             empty = conditions_of([negative])[0] if negative else conditions[0]
             bar = comfy.utils.ProgressBar(1)
@@ -129,6 +129,13 @@ class DeltaConvEvaluate(io.ComfyNode):
         return io.NodeOutput(table, plot, grid, result.mse, psnr)
 
 
+def _seeds(text: str) -> list[int]:
+    words = re.split(r"[\s,;]+", text.strip(" \t\n,;"))
+    if not all(re.fullmatch(r"\d{1,20}", word) and int(word) < 2**64 for word in words):
+        raise ValueError(f"Expected seeds from 0 to 2^64 - 1 such as 1, 2, 3, got {text!r:.80}.")
+    return [int(word) for word in words]
+
+
 def _texts(prompts: str, conditions: int) -> list[str]:
     """One prompt per conditioning; [] where none is given."""
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
@@ -142,11 +149,11 @@ def _texts(prompts: str, conditions: int) -> list[str]:
 
 
 def _shape(teacher, latent) -> tuple[int, int, int]:
-    if latent is not None:
-        return tuple(latent["samples"].shape[1:])
     family = FAMILIES.get(teacher.family)
     side = family.native_latent if family else 64
-    return (teacher.patcher.model.latent_format.latent_channels, side, side)
+    # Core's empty latents have four channels, whatever the model has.
+    size = latent["samples"].shape[-2:] if latent is not None else (side, side)
+    return (teacher.patcher.model.latent_format.latent_channels, *size)
 
 
 def _decode(latents, vae):

@@ -1,11 +1,16 @@
 """Where ΔConv files are looked for and written."""
 
 import os
+import re
 from pathlib import Path
 
 import folder_paths
 
 FOLDER = "deltaconv"
+# Below output/deltaconv/distillation, beside the folders of states.
+SAMPLES = "samples"
+# What a distillation keeps, by the last two parts of its name.
+_KEPT = re.compile(rf"distillation[/\\](.+[/\\]state-\d+|{SAMPLES}[/\\]samples-.+)\.safetensors")
 
 
 def register_folders() -> None:
@@ -24,8 +29,8 @@ def output_folder() -> str:
 
 
 def list_files() -> list[str]:
-    """Names of all ΔConv files in the registered folders."""
-    return folder_paths.get_filename_list(FOLDER)
+    """Names of all ΔConv files in the registered folders, without what distillations keep there."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if not _KEPT.fullmatch(name)]
 
 
 def find_file(name: str) -> Path:

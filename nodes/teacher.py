@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import math
+from contextlib import suppress
 
 import comfy.model_management
 import comfy.utils
@@ -43,7 +44,7 @@ class ComfyTeacher:
         self.patcher = clone
         self.device = torch.device(clone.load_device)
         self._visit = self._features = None
-        self._recompute = False
+        self._visited = self._recompute = False
         self._encoded = EncodedConditions(clone, self.device)
         self._trained: list[torch.nn.Parameter] = []
         self._was_training = False
@@ -111,7 +112,7 @@ class ComfyTeacher:
             # Fast attentions such as Sage have no backward, and ComfyUI's default on a CPU saves
             # memory at twice the time or more. Another node's choice is left alone.
             options.setdefault("optimized_attention_override", differentiable_attention)
-        self._visit = visit
+        self._visit, self._visited = visit, False
         results, found, order = [], [], []
         try:
             for rows, arguments in self._encoded.batches(conditions, x):
@@ -126,6 +127,11 @@ class ComfyTeacher:
             # A backward pass may still recompute with them; predict sets its own each time.
             if not (self._recompute and torch.is_grad_enabled()):
                 self._visit = self._features = None
+        if visit is not None and not self._visited:
+            raise ValueError(
+                "Expected the model's self-attention to be seen, got none: it was unloaded while "
+                "it was used. Free memory, or load less beside it, and queue again."
+            )
         if features is not None:
             features.update({site: _in_order([f[site] for f in found], order) for site in found[0]})
         denoised = _in_order(results, order)
@@ -228,7 +234,7 @@ class ComfyTeacher:
                 f"Expected the whole map {list(size)} at {site.path}, got {x.shape[1]} tokens. "
                 "Remove HyperTile, ToMe or the like for the distillation."
             )
-        size = tuple(size)
+        size, self._visited = tuple(size), True
         y = self._visit(site.path, x.unflatten(1, size), lambda: attend().unflatten(1, size))
         return y.flatten(1, 2)
 
@@ -258,7 +264,8 @@ def _in_order(parts: list[torch.Tensor], order: list[int]) -> torch.Tensor:
 
 
 def fingerprint(model: ModelPatcher) -> str:
-    """A name for the base and its weight patches, from samples of every tensor.
+    """A name for the base as it predicts: samples of every tensor, its weight patches, how it reads
+    noise levels, and what other nodes have put into its options.
 
     Weights that another clone has patched for the moment count as what they were before.
     """
@@ -281,10 +288,26 @@ def fingerprint(model: ModelPatcher) -> str:
             count_in(name, value.weights)
         elif isinstance(value, str | int | float | bool) or value is None:
             digest.update(repr(value).encode())
+        elif code := getattr(value, "__code__", None):
+            # A node's function with its settings, which it keeps in its closure.
+            digest.update(f"{value.__module__}.{value.__qualname__}".encode())
+            for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+                # An empty cell belongs to what is not defined yet.
+                with suppress(ValueError):
+                    if isinstance(cell.cell_contents, str | int | float | bool):
+                        count_in(f"{name}.{variable}", cell.cell_contents)
+        else:
+            digest.update(type(value).__qualname__.encode())
 
     for name, tensor in model.model.diffusion_model.state_dict().items():
         key = f"diffusion_model.{name}"
         count_in(key, model.backup[key].weight if key in model.backup else tensor)
     for key in sorted(model.patches):
         count_in(key, model.patches[key])
+    bare = detach(model)
+    sampling = bare.get_model_object("model_sampling")
+    count_in("model_sampling", [kind.__qualname__ for kind in type(sampling).__mro__])
+    count_in("model_sampling", dict(sampling.named_buffers()))
+    count_in("object_patches", sorted(bare.object_patches))
+    count_in("model_options", bare.model_options)
     return digest.hexdigest()[:16]

@@ -1,8 +1,14 @@
 """`python dev.py distil`: a whole run on the packaged demo, at a small size, from a folder."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import comfyui_deltaconv
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import demo, read_weights
@@ -120,8 +126,57 @@ def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsy
 
 
 def test_packaged_pictures_do_not_change():
-    found, _ = demo.pictures()
-    assert torch.equal(found[0, :, 0, 0], torch.ones(3))
+    found, captions = demo.pictures()
+    digest = hashlib.sha256(((found + 1) * 127.5).round().to(torch.uint8).numpy().tobytes())
+    digest.update("\n".join(captions).encode())
+    assert digest.hexdigest()[:16] == "78c9282dd30ba772"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x80\x02}q\x00.", b"not a checkpoint"])
+def test_checkpoints_that_do_not_load_are_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DevelopmentError, match=r"model\.safetensors"):
+        run({"model": str(path), "folder": str(tmp_path / "out")})
+
+
+@pytest.mark.parametrize("entry", ["size: 0", "size: -4", "samples: 0"])
+def test_sizes_that_cannot_be_are_refused(tmp_path, entry):
+    path = tmp_path / "x.yaml"
+    path.write_text(entry, encoding="utf-8")
+    with pytest.raises(DevelopmentError, match=entry.split(":", 1)[0]):
+        read_config(path)
+
+
+def test_module_is_the_command(tmp_path):
+    """As a user starts it, from prompts alone."""
+    config = tmp_path / "x.yaml"
+    entries = {
+        "prompts": ["octopus"],
+        "samples": 1,
+        "size": 16,
+        "recipe": {"middle_block.1.transformer_blocks.0.attn1": 3},
+        "settings": {
+            "init": "random",
+            "layers": {"steps": 2, "batch": 1},
+            "joint": {"steps": 0},
+        },
+        "folder": str(tmp_path / "out"),
+    }
+    config.write_text(json.dumps(entries), encoding="utf-8")
+    command = [sys.executable, "-m", "comfyui_deltaconv.deltaconv.distil", "--config", str(config)]
+    package = Path(comfyui_deltaconv.__file__).parent
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    (parent / "comfyui_deltaconv").symlink_to(package)
+    environment = {**os.environ, "PYTHONPATH": str(parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "drawn 1 of 1 samples" in done.stdout and "Weights:" in done.stdout
+    weights = read_weights(tmp_path / "out" / "deltaconv.safetensors")
+    assert weights.training["steps"] == 2
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_stopped_comparison_goes_on_with_its_own_settings_alone(tmp_path):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import random
 import struct
 import subprocess
 import sys
@@ -157,6 +159,35 @@ def test_killed_process_loses_at_most_the_steps_since_the_last_save(tmp_path):
     assert first.losses == expected.losses
 
 
+def test_killed_at_any_moment_a_whole_state_is_there(tmp_path):
+    """The toy saves at every second of its millisecond steps: most kills meet a save half-way."""
+    reached = 0
+    for number in range(3):
+        process = subprocess.Popen([sys.executable, str(TOY), str(tmp_path), "100000"])
+        try:
+            deadline = time.monotonic() + 60
+            while not state_files(tmp_path) or _newest(tmp_path) < reached + 4:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(random.Random(number).uniform(0, 0.02))
+        finally:
+            process.kill()
+            process.wait()
+        saved = _newest(tmp_path)
+        assert saved >= reached + 4
+        with closing(
+            distil(ToyTeacher(), PLAN, toy_data(), toy_settings(100000, 0), folder=tmp_path)
+        ) as records:
+            assert next(records).message == f"resumed after {saved} steps"
+        # Closing has saved the step just made.
+        reached = saved + 1
+        assert _newest(tmp_path) == reached
+
+
+def _newest(folder):
+    return int(state_files(folder)[0].stem.split("-")[1])
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -220,9 +251,131 @@ def test_nonfinite_loss_is_skipped_then_rate_falls_then_it_stops(tmp_path):
     assert messages[:3] == ["", "", ""]
     assert messages[3] == "loss not finite: step skipped"
     assert "halved" in messages[4]
+    rates = [r.lr / rate(settings.joint, r.step - 1) for r in seen if r.stage == "joint"]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 0.5, 0.5][: len(rates)])
     kept = {n: t for n, t in seen[-1].student.parameters.items()}
     assert all(tensor.isfinite().all() for tensor in kept.values())
     assert state_files(tmp_path)
+
+
+def test_guard_that_stops_leaves_the_last_good_state_and_a_new_count(tmp_path):
+    """Nothing but the stop itself saves here."""
+    settings = toy_settings(0, 30, init="random", lower_after=9, stop_after=5, save_every=1000)
+    teacher = ToyTeacher()
+    teacher.poison = set(range(7, 1000))
+    with pytest.raises(DistilError, match="not finite in 5 steps"):
+        run(settings, teacher, folder=tmp_path)
+    assert state_files(tmp_path)[0].name == "state-00000007.safetensors"
+    again = ToyTeacher()
+    again.poison = {1, 2}
+    records = run(settings, again, folder=tmp_path)
+    assert [r.message for r in records[:3]] == [
+        "resumed after 7 steps; loss not finite: step skipped",
+        "",
+        "",
+    ]
+    assert records[-1].step == 30
+
+
+def rate(stage, step):
+    """The learning rate of a step, counted from 0, as the settings describe it."""
+    warm = min(1, (step + 1) / stage.warmup)
+    cosine = (1 + math.cos(math.pi * step / stage.steps)) / 2
+    return stage.lr * warm * (cosine if stage.schedule == "cosine" else 1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_learning_rate_warms_up_and_follows_its_schedule(schedule):
+    settings = toy_settings(12, 0, init="random")
+    stage = replace(settings.layers, schedule=schedule, warmup=3)
+    records = run(replace(settings, layers=stage))[1:]
+    assert [r.lr for r in records] == pytest.approx([rate(stage, step) for step in range(12)])
+
+
+def test_each_block_is_clipped_alone():
+    settings = toy_settings(1, 0, init="random")
+    found = {}
+    for record in run(replace(settings, layers=replace(settings.layers, clip=1e-3))):
+        for site, block in record.student.blocks.items():
+            grads = [p.grad for p in block.parameters() if p.grad is not None]
+            found[site] = torch.stack([g.norm() for g in grads]).norm() if grads else None
+    assert all(norm == pytest.approx(1e-3, rel=1e-3) for norm in found.values())
+
+
+def test_joint_losses_are_their_formulas():
+    teacher, data = ToyTeacher(), toy_data()
+    weights = {"noise": 0.5, "teacher": 2.0, "features": 0.25, "normalised_features": 3.0}
+    settings = toy_settings(0, 1, init="random", losses=weights)
+    (_, record) = run(settings, teacher)
+    student = run(toy_settings(0, 0, init="random"))[0].student
+    generator = torch.Generator().manual_seed(settings.seed)
+    options = {"seed": settings.seed, "batch": 4, "position": 0, "unconditional": 0.1}
+    batch = draw(data, teacher, generator, **options)
+    inputs, goal, own = (batch.x, batch.sigma, batch.conditions), {}, {}
+    with torch.no_grad():
+        expected = teacher.predict(*inputs, None, goal)
+        got = teacher.predict(*inputs, student.visit, own)
+    apart = {site: (own[site] - goal[site]).square().mean().item() for site in PLAN}
+    power = {site: goal[site].square().mean().item() for site in PLAN}
+    relative = sum(apart[site] / power[site] for site in PLAN) / len(PLAN)
+    assert record.losses == pytest.approx(
+        {
+            "noise": 0.5 * (got - batch.noise).square().mean().item(),
+            "teacher": 2.0 * (got - expected).square().mean().item(),
+            "features": 0.25 * sum(apart.values()),
+            "normalised_features": 3.0 * relative,
+        },
+        rel=1e-4,
+    )
+    assert record.loss == pytest.approx(sum(record.losses.values()))
+
+
+def test_a_share_of_the_images_is_unconditional():
+    data, generator = toy_data(), torch.Generator().manual_seed(0)
+    dropped = 0
+    for position in range(100):
+        options = {"seed": 0, "batch": 4, "position": position, "unconditional": 0.25}
+        batch = draw(data, ToyTeacher(), generator, **options)
+        dropped += sum(condition is data.unconditional for condition in batch.conditions)
+    # Six standard deviations of a binomial of 400.
+    assert abs(dropped - 100) < 52
+
+
+def test_refit_lowers_the_layers_error():
+    def error(refit):
+        settings = toy_settings(6, 12, init="random", init_images=48, losses={"teacher": 1.0})
+        layers = replace(settings.layers, refit=refit)
+        joint = replace(settings.joint, lr=1e-12)
+        records = run(replace(settings, layers=layers, joint=joint))
+        return sum(r.loss for r in records[-12:])
+
+    assert error(True) < 0.7 * error(False)
+
+
+def test_refusals_come_before_any_data_is_drawn():
+    def data():
+        raise AssertionError("drawn")
+
+    with pytest.raises(DistilError, match="no self-attention site"):
+        distil(ToyTeacher(), {"elsewhere": 3}, data, toy_settings())
+
+
+def test_data_may_be_drawn_when_it_is_needed():
+    records = list(distil(ToyTeacher(), PLAN, toy_data, toy_settings()))
+    assert figures(records) == figures(run())
+
+
+def test_initialisation_tells_its_progress_and_can_be_stopped():
+    shares = []
+    run(toy_settings(0, 0), progress=shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) > 4
+
+    def stop(share):
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(toy_settings(0, 0), progress=stop)
 
 
 def test_single_nonfinite_step_changes_no_weight():
@@ -297,7 +450,12 @@ def test_joint_stage_is_refused_where_gradients_cannot_pass():
 
 
 def test_log_lines_are_json():
-    lines = [json.dumps(r.to_mapping()) for r in run()]
+    teacher = ToyTeacher()
+    # The first joint step's student: five calls of the initialisation, six of the layers before.
+    teacher.poison = {13}
+    lines = [json.dumps(r.to_mapping(), allow_nan=False) for r in run(teacher=teacher)]
+    assert any(json.loads(line)["loss"] is None for line in lines)
+    lines = [json.dumps(r.to_mapping(), allow_nan=False) for r in run()]
     assert json.loads(lines[-1])["stage"] == "joint"
     assert set(json.loads(lines[1])["losses"]) == set(PLAN)
 

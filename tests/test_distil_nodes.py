@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import demo, read_weights
@@ -191,17 +192,12 @@ def test_interrupt_saves_and_queueing_again_goes_on(model):
 
 
 def test_memory_after_is_memory_before(model, differentiable):
-    import comfy.model_management
-
-    stages = {"layer_steps": 2, "joint_steps": 2 * differentiable, "preview_every": 2}
-    node(model, folder="first", **stages)
+    forward(model)
     gc.collect()
-    loaded = len(comfy.model_management.current_loaded_models)
-    tensors = live_bytes()
-    node(model, folder="second", **stages)
+    before = live_bytes()
+    node(model, layer_steps=2, joint_steps=2 * differentiable, preview_every=2)
     gc.collect()
-    assert len(comfy.model_management.current_loaded_models) == loaded
-    assert live_bytes() == pytest.approx(tensors, rel=0.01)
+    assert live_bytes() == pytest.approx(before, rel=0.01)
 
 
 def live_bytes():
@@ -212,6 +208,141 @@ def live_bytes():
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+@pytest.fixture
+def progress(comfy):
+    """(value, total, preview) of everything that a node shows of its progress."""
+    import comfy.utils
+
+    shown = []
+
+    def hook(value, total, preview, node_id=None, **_):
+        shown.append((value, total, preview))
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    yield shown
+    comfy.utils.set_progress_bar_global_hook(None)
+
+
+def test_pictures_of_teacher_and_student_and_the_curve_are_shown(model, progress):
+    node(model, layer_steps=4, preview_every=2)
+    kinds = [(kind, picture.size) for _, _, (kind, picture, _) in filter(lambda p: p[2], progress)]
+    assert [kind for kind, _ in kinds] == ["JPEG"] * 2
+    # Two pairs side by side; matplotlib's curve below them where it is installed.
+    assert all(width >= 2 * 2 * 160 and height >= 160 for width, height in kinds[0][1:])
+    _, _, (_, picture, _) = progress[-1]
+    assert np.asarray(picture.convert("L")).std() > 10
+    assert max(value for value, total, _ in progress if total == 5) == 5
+
+
+def test_progress_is_shown_of_samples_and_initialisation_too(model, progress):
+    own = {"latents": None, "positive": None, "unconditional": None, "prompts": "octopus"}
+    node(model, **own, layer_steps=1, samples=3, initialisation="informed", batch_size=8)
+    totals = [total for _, total, _ in progress]
+    assert 3 in totals and 100 in totals and totals[-1] == 2
+
+
+def test_time_left_is_from_the_pace_of_this_run(monkeypatch):
+    from comfyui_deltaconv.nodes import distil_preview
+
+    now = [100.0]
+    monkeypatch.setattr(distil_preview.time, "monotonic", lambda: now[0])
+    preview = distil_preview.LivePreview(None, settings(10, 9), 0)
+    said = []
+    for step in (4, 5, 6):
+        record = SimpleNamespace(stage="layers", step=step, steps=10, loss=1.0)
+        monkeypatch.setattr(preview, "_say", lambda text, at_once=False: said.append(text))
+        preview.show(record)
+        now[0] += 2
+    # 20 units in all; 13 are left after step 6, of two seconds each.
+    assert said[0] == "layers 4/10, loss 1" and said[2] == "layers 6/10, loss 1, 0:26 left"
+
+
+def test_clip_that_pushes_the_model_out_is_no_trouble(model):
+    """A large text encoder takes all memory there is."""
+    import comfy.model_management
+
+    class Greedy:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, text):
+            comfy.model_management.unload_all_models()
+            return conditioning(text)
+
+    weights = node(model, positive=None, prompts="\n".join(CAPTIONS), clip=Greedy())[0]
+    assert len(weights.sites) == 10
+
+
+def test_model_unloaded_while_it_is_used_is_said(model):
+    import comfy.model_management
+    from comfyui_deltaconv.nodes.teacher import ComfyTeacher
+
+    with torch.inference_mode(False):
+        teacher = ComfyTeacher(model)
+        with teacher, pytest.raises(ValueError, match="unloaded while it was used"):
+            comfy.model_management.unload_all_models()
+            list(distil(teacher, dict.fromkeys(teacher.dims, 3), data_of(teacher), settings(1)))
+
+
+def test_another_reading_of_noise_levels_is_another_base(model):
+    import comfy.model_sampling
+    from comfyui_deltaconv.nodes.teacher import fingerprint
+
+    class OtherSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    def scaled_by(strength):
+        def patch(h, hsp, options):
+            return h * strength, hsp
+
+        clone = model.clone()
+        clone.set_model_output_block_patch(patch)
+        return clone
+
+    found = {fingerprint(model)}
+    for sampling in (OtherSampling, Velocity):
+        clone = model.clone()
+        clone.add_object_patch("model_sampling", sampling(model.model.model_config))
+        found.add(fingerprint(clone))
+    found |= {fingerprint(scaled_by(strength)) for strength in (1.1, 1.2)}
+    assert len(found) == 5
+    assert fingerprint(scaled_by(1.2)) in found and fingerprint(model.clone()) in found
+
+
+def test_applied_blocks_do_not_make_another_base(model):
+    from comfyui_deltaconv.nodes.apply import DeltaConvApply
+    from comfyui_deltaconv.nodes.teacher import fingerprint
+
+    patched = DeltaConvApply.execute(model, read_weights(demo.DELTACONV_PATH)).args[0]
+    assert fingerprint(patched) == fingerprint(model)
+
+
+def test_what_a_distillation_keeps_is_not_offered_as_weights(model):
+    from comfyui_deltaconv.nodes.folders import list_files, output_folder, register_folders
+
+    register_folders()
+    node(model, latents=None, positive=None, unconditional=None, prompts="octopus")
+    kept = list(Path(output_folder()).rglob("*.safetensors"))
+    assert len(kept) == 3
+    (Path(output_folder()) / "distillation" / "mine.safetensors").write_bytes(kept[0].read_bytes())
+    mine = [name for name in list_files() if "distillation" in name]
+    assert [Path(name).name for name in mine] == ["mine.safetensors"]
+
+
+def test_record_counts_every_step_once(model):
+    assert node(model)[0].training["steps"] == 3
+    assert node(model, layer_steps=5)[0].training["steps"] == 5
+    assert node(model, layer_steps=5)[0].training["steps"] == 5
+
+
+def test_recipe_that_keeps_all_layers_is_refused(model):
+    with pytest.raises(ValueError, match="keeps them all"):
+        node(model, recipe=SimpleNamespace(replaced={}))
 
 
 def test_own_samples_are_drawn_from_prompts_and_cached(model):
@@ -243,6 +374,11 @@ def test_recipe_chooses_sites_and_kernels(model):
 def test_folders_outside_are_refused(model, name):
     with pytest.raises(ValueError, match="below"):
         node(model, folder=name)
+
+
+def test_folder_of_the_own_samples_is_refused(model):
+    with pytest.raises(ValueError, match="own samples"):
+        node(model, folder="samples")
 
 
 def test_nothing_to_train_on_is_said(model):
@@ -351,9 +487,15 @@ def test_checkpointing_changes_no_gradient(model, differentiable):
         return
     from comfyui_deltaconv.nodes.teacher import ComfyTeacher
 
+    forwards = {}
+
     def last(active):
         with torch.inference_mode(False):
             teacher = ComfyTeacher(model, differentiable=True)
+            middle = teacher.patcher.model.diffusion_model.middle_block[1].proj_in
+            middle.register_forward_hook(
+                lambda *_: forwards.update({active: forwards.get(active, 0) + 1})
+            )
             losses = {"teacher": 1.0, "normalised_features": 0.1}
             chosen = settings(0, 3, losses=losses, checkpointing=active)
             recipe = dict.fromkeys(teacher.dims, 3)
@@ -363,6 +505,8 @@ def test_checkpointing_changes_no_gradient(model, differentiable):
 
     plain, recomputed = last(False), last(True)
     assert all(torch.allclose(plain[n], recomputed[n], atol=1e-6) for n in plain)
+    # Teacher and student of three steps; with checkpointing each student runs once more.
+    assert forwards[False] == 6 and forwards[True] > 6
 
 
 def test_evaluate_node_wants_a_prompt_for_every_conditioning(model):
@@ -392,3 +536,30 @@ def test_evaluate_node_tells_good_weights_from_bad(model):
     assert mse < bad[3] and psnr > bad[4]
     assert "LPIPS needs" in table and "CLIP score needs the prompts" in table
     assert "PSNR" in table and plot.ndim == grid.ndim == 4 and grid.shape[-1] == 3
+
+
+@pytest.mark.parametrize("seeds", ["", "-5, 1", "1.5", "18446744073709551616", "one"])
+def test_evaluate_node_refuses_what_is_no_seed(seeds):
+    from comfyui_deltaconv.nodes.evaluate import _seeds
+
+    with pytest.raises(ValueError, match="Expected seeds"):
+        _seeds(seeds)
+
+
+def test_evaluate_node_takes_seeds_however_they_are_apart():
+    from comfyui_deltaconv.nodes.evaluate import _seeds
+
+    assert _seeds(" 1, 2;3\n4 18446744073709551615 ") == [1, 2, 3, 4, 2**64 - 1]
+
+
+def test_evaluate_node_wants_only_the_size_of_a_latent(model):
+    from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
+
+    inputs = {"latent": {"samples": torch.zeros(1, 4, 16, 24)}, "seeds": "1", "steps": 1}
+    weights = read_weights(demo.DELTACONV_PATH)
+    args = DeltaConvEvaluate.execute(
+        model, weights, positive=conditioning("octopus"), levels=1, **inputs
+    ).args
+    assert "PSNR" in args[0]
+    with pytest.raises(ValueError, match="got an empty one"):
+        DeltaConvEvaluate.execute(model, weights, positive=[], **inputs)

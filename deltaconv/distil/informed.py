@@ -10,7 +10,7 @@ then linear in x, and what remains is regression on the teacher's own activation
    pointwise or a head's, become the a channels, with an identity or that head's offsets as kernel.
 2. `conv_out`, `conv_pool` and their biases by ridge regression on what the block really computes
    from these channels, padding, pooling and upsampling included; the strength of the ridge on the
-   pooled branch, which sees one row per image only, is judged on held-out images.
+   pooled branch, which sees one row per image only, is judged on the other half of the draws.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,22 +37,31 @@ def initialise(
     replay: Replay,
     projections: Callable[[str], Projections | None],
     generator: torch.Generator,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
     """Set every block (site → block, on the CPU) from the teacher; site → held-out relative error.
 
     `replay(visit, first_batch_only)` runs the teacher, `projections(site)` gives its query, key
-    and value maps, or None where its attention is not over the map itself.
+    and value maps, or None where its attention is not over the map itself. `progress` hears the
+    share done, site by site where the work is linear algebra. Held out is the other half of the
+    images drawn, each with noise of its own; one image may be in both halves.
     """
     maps = {site: projections(site) for site in blocks}
     offsets = _mean_offsets(maps, replay, generator)
+    progress(0.05)
     sums = _direction_sums(blocks, maps, offsets, replay)
-    for site, block in blocks.items():
+    for index, (site, block) in enumerate(blocks.items()):
+        progress(0.35 + 0.15 * index / len(blocks))
         _set_channels(block, sums.pop(site), maps[site], offsets.get(site))
-    return refit(blocks, replay)
+    return refit(blocks, replay, lambda share: progress(0.5 + share / 2))
 
 
 @torch.no_grad()
-def refit(blocks: Mapping[str, DeltaConvBlock], replay: Replay) -> dict[str, float]:
+def refit(
+    blocks: Mapping[str, DeltaConvBlock],
+    replay: Replay,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, float]:
     """Set `conv_out` and `conv_pool` of every block to the least-squares solution for its layer.
 
     Returns site → held-out error over the power of the layer's output. Everything else of the
@@ -77,7 +86,12 @@ def refit(blocks: Mapping[str, DeltaConvBlock], replay: Replay) -> dict[str, flo
         return y
 
     replay(visit, False)
-    return {site: _set_outputs(block, halves.pop(site)) for site, block in blocks.items()}
+    errors = {}
+    for index, (site, block) in enumerate(blocks.items()):
+        progress(0.5 + 0.5 * index / len(blocks))
+        errors[site] = _set_outputs(block, halves.pop(site))
+    progress(1.0)
+    return errors
 
 
 def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,9 @@ from .data import Dataset, Trajectory
 from .settings import DistilError
 from .teacher import Condition, Teacher, sample
 
+# At most of a file of samples, in bytes: three tensors' names, shapes and places.
+_HEADER = 512
+
 
 def own_samples(
     teacher: Teacher,
@@ -35,22 +38,26 @@ def own_samples(
     """`count` samples [C, H, W] of the teacher, cycling through `conditions`, as a data set.
 
     `names` and `unconditional_name` say what the conditions are, for the cache's key. Points of
-    every trajectory are kept in float16, as many as fit `max_bytes` in all; `cache`, where given,
-    keeps them on disk and loses the oldest samples of other settings when it grows beyond that.
-    Raises DistilError where not even the finished samples fit.
+    every trajectory are kept in float16, as many as fit `max_bytes` with the finished samples;
+    `cache`, where given, keeps them on disk and loses the oldest samples of other settings where
+    it would grow beyond that. In memory the finished samples are float32, beside these points.
+    Raises DistilError where not even one point per sample fits.
     """
     if not conditions or len(names) != len(conditions):
         raise DistilError(f"Expected prompts to draw samples from, got {len(conditions)}.")
     size = 2 * shape[0] * shape[1] * shape[2]
-    kept = min(steps, max_bytes // max(1, count * size) - 1)
+    # Of a point its sigma, too, and of a file its header.
+    room = max_bytes - _HEADER * -(-count // batch)
+    kept = min(steps, (room // max(1, count) - size) // (size + 4))
     if kept < 1:
+        needed = count * (2 * size + 4) + _HEADER * -(-count // batch)
         raise DistilError(
-            f"Expected room for {count} samples of {2 * size} bytes each, got a limit of "
-            f"{max_bytes}. Allow more, or draw fewer."
+            f"Expected room for {count} samples, {needed} bytes, got a limit of {max_bytes}. Allow "
+            "more, or draw fewer."
         )
     which = [round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)]
     named = [*names, unconditional_name]
-    key = _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept)
+    key = _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept, batch)
     latents, paths = [], []
     for start in range(0, count, batch):
         rows = range(start, min(start + batch, count))
@@ -62,8 +69,8 @@ def own_samples(
             )
             if file is not None:
                 cache.mkdir(parents=True, exist_ok=True)
+                _make_room(cache, key, max_bytes - sum(t.nbytes for t in tensors.values()))
                 write_atomically(tensors, {}, file, overwrite=True)
-                _evict(cache, key, max_bytes)
         latents += list(tensors["latents"].float())
         paths += [Trajectory(x, s) for x, s in zip(tensors["x"], tensors["sigma"], strict=True)]
         progress(rows[-1] + 1, count)
@@ -106,9 +113,13 @@ def _key(*what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 
-def _evict(cache: Path, key: str, max_bytes: int) -> None:
+def _make_room(cache: Path, key: str, max_bytes: int) -> None:
+    """Remove other settings' samples, oldest first, until what is there fits `max_bytes`."""
+    # What a killed run left half-written under its temporary name.
+    for part in cache.glob(".samples-*.part"):
+        part.unlink(missing_ok=True)
     files = sorted(cache.glob("samples-*.safetensors"), key=lambda path: path.stat().st_mtime)
-    total = sum(path.stat().st_size for path in files)
+    total = sum(path.stat().st_size for path in files) + _HEADER
     for path in files:
         if total <= max_bytes:
             return

@@ -1,5 +1,6 @@
 """Pictures of a distillation: the loss curve (with matplotlib), and teacher beside student."""
 
+import importlib.util
 import io
 from collections.abc import Sequence
 
@@ -20,14 +21,17 @@ def progress_picture(
 ) -> Image.Image:
     """Losses (stage, value) by step and pairs (teacher, student) → one picture.
 
-    Without matplotlib the curve is left out.
+    Without matplotlib a line in place of the curve says so.
     """
     curve = loss_curve(losses)
     width = max(len(pairs) * (2 * _TILE + _MARGIN) + _MARGIN, curve.width if curve else 0)
     top = 24
-    height = top + _TILE + 2 * _MARGIN + (curve.height if curve else 0)
+    height = top + _TILE + 2 * _MARGIN + (curve.height if curve else top)
     sheet = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(sheet).text((_MARGIN, 6), f"{caption}   (teacher | student)", "black")
+    text = ImageDraw.Draw(sheet)
+    text.text((_MARGIN, 6), f"{caption}   (teacher | student)", "black")
+    if importlib.util.find_spec("matplotlib") is None:
+        text.text((_MARGIN, height - top), "The loss curve needs: pip install matplotlib", "black")
     for column, pair in enumerate(pairs):
         left = _MARGIN + column * (2 * _TILE + _MARGIN)
         for side, picture in enumerate(pair):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 
@@ -15,7 +16,7 @@ from .teacher import Teacher
 class Record:
     """One step as a host shows it. `losses` are per site in init and layers, by name in joint.
 
-    `memory` is bytes at the peak on the device (of the process on a CPU), None where unknown;
+    `memory` is bytes at the peak on the device, of the process now on a CPU, None where unknown;
     `message` is what a guard did or a stage came to, "" most of the time.
     """
 
@@ -35,12 +36,18 @@ class Record:
     saved: str = ""
 
     def to_mapping(self) -> dict[str, object]:
-        """Plain data, one line of a log."""
+        """Plain data, one line of a log; numbers that are not finite are None, as JSON has none."""
         return {
-            k: v
+            k: _plain(v)
             for k, v in vars(self).items()
             if k not in ("student", "history") and v not in ("", None)
         }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def weights_of(

@@ -1,35 +1,59 @@
-"""A finished distillation in words."""
+"""A distillation in words, from its records as they come; none of them is kept."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from .record import Record
 
+_MESSAGES = 20
 
-def distil_report(records: Sequence[Record], folder: Path | None, seconds: float) -> str:
+
+class DistilReport:
     """What each stage came to, what the guards did, and where the state is."""
-    lines = []
-    for stage in ("init", "layers", "joint"):
-        found = [record for record in records if record.stage == stage and record.losses]
-        if not found:
-            continue
+
+    def __init__(self):
+        self._initial: float | None = None
+        self._losses: dict[str, list[float]] = {}
+        self._seconds: dict[str, float] = {}
+        self._images: dict[str, float] = {}
+        self._worst: list[tuple[str, float]] = []
+        self._messages: list[str] = []
+
+    def add(self, record: Record) -> None:
+        """Count one record in."""
+        stage = record.stage
+        if record.message and len(self._messages) < _MESSAGES:
+            self._messages.append(f"{stage} {record.step}: {record.message}")
+        if not record.losses:
+            return
         if stage == "init":
+            self._initial = record.loss
+            return
+        self._losses.setdefault(stage, []).append(record.loss)
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + record.seconds
+        images = record.images_per_second * record.seconds
+        self._images[stage] = self._images.get(stage, 0.0) + images
+        if stage == "layers":
+            self._worst = sorted(record.losses.items(), key=lambda item: -item[1])[:3]
+
+    def text(self, folder: Path | None, seconds: float) -> str:
+        """The report after `seconds` in all."""
+        lines = []
+        if self._initial is not None:
             lines.append(
                 "informed initialisation: mean relative error of the layers on held-out "
-                f"images {found[0].loss:.4f}"
+                f"draws {self._initial:.4f}"
             )
-            continue
-        tail = max(1, len(found) // 10)
-        first = sum(r.loss for r in found[:tail]) / tail
-        last = sum(r.loss for r in found[-tail:]) / tail
-        rate = sum(r.images_per_second for r in found) / len(found)
-        lines.append(
-            f"{stage}: {len(found)} steps, loss {first:.5g} → {last:.5g} (means of {tail}), "
-            f"{rate:.1f} images per second"
-        )
-        if stage == "layers":
-            worst = sorted(found[-1].losses.items(), key=lambda item: -item[1])[:3]
-            lines.append("  worst: " + ", ".join(f"{site} {loss:.4f}" for site, loss in worst))
-    lines += [f"{r.stage} {r.step}: {r.message}" for r in records if r.message][:20]
-    lines.append(f"{seconds:.0f} s in all" + (f"; state in {folder}" if folder else ""))
-    return "\n".join(lines)
+        for stage, losses in self._losses.items():
+            tail = max(1, len(losses) // 10)
+            first, last = sum(losses[:tail]) / tail, sum(losses[-tail:]) / tail
+            rate = self._images[stage] / max(self._seconds[stage], 1e-9)
+            lines.append(
+                f"{stage}: {len(losses)} steps, loss {first:.5g} → {last:.5g} (means of {tail}), "
+                f"{rate:.1f} images per second"
+            )
+            if stage == "layers":
+                worst = ", ".join(f"{site} {loss:.4f}" for site, loss in self._worst)
+                lines.append(f"  worst: {worst}")
+        lines += self._messages
+        lines.append(f"{seconds:.0f} s in all" + (f"; state in {folder}" if folder else ""))
+        return "\n".join(lines)

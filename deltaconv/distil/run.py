@@ -22,28 +22,33 @@ from .teacher import Teacher
 def distil(
     teacher: Teacher,
     recipe: Mapping[str, object],
-    dataset: Dataset,
+    dataset: Dataset | Callable[[], Dataset],
     settings: DistilSettings,
     *,
     gate: str = "scaled",
     start: Mapping[str, DeltaConvBlock] | None = None,
     folder: str | os.PathLike | None = None,
     resume: bool = True,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Iterator[Record]:
     """Distil `teacher` into ΔConvBlocks, yielding a record per step.
 
-    `recipe` maps site → (kernel, scales), or a kernel alone. `start`, where given, holds blocks
-    that are gone on from in place of an initialisation, of all sites or some. `folder` takes the
-    states; one that holds some is gone on with, or refused where `resume` is False. Closing the
-    generator, as an interrupt does, saves first. Raises DistilError before anything is changed
-    where the settings, the recipe or the folder's state do not fit.
+    `recipe` maps site → (kernel, scales), or a kernel alone. A `dataset` that is a function is
+    called once, when the first record is asked for. `start`, where given, holds blocks that are
+    gone on from in place of an initialisation, of all sites or some. `folder` takes the states; one
+    that holds some is gone on with, or refused where `resume` is False. `progress` hears the share
+    done of the initialisation, and may raise to stop it. Closing the generator, as an interrupt
+    does, saves first. Raises DistilError at the call, before any data is drawn or anything is
+    changed, where the settings, the recipe or the folder's state do not fit.
     """
-    return _Run(teacher, recipe, dataset, settings, gate, start, folder, resume).records()
+    run = _Run(teacher, recipe, dataset, settings, gate, start, folder, resume, progress)
+    return run.records()
 
 
 class _Run:
-    def __init__(self, teacher, recipe, dataset, settings, gate, start, folder, resume):
+    def __init__(self, teacher, recipe, dataset, settings, gate, start, folder, resume, progress):
         self.teacher, self.dataset, self.settings = teacher, dataset, settings
+        self.progress = progress
         self.plans = read_plan(recipe, teacher.dims)
         if settings.joint.steps and teacher.why_not_differentiable:
             raise DistilError(f"The joint stage cannot run: {teacher.why_not_differentiable}")
@@ -85,6 +90,8 @@ class _Run:
 
     def records(self) -> Iterator[Record]:
         try:
+            if callable(self.dataset):
+                self.dataset = self.dataset()
             if not self.initialised:
                 yield from self._init()
             for name in ("layers", "joint"):
@@ -113,11 +120,13 @@ class _Run:
                         self._replay(),
                         self.teacher.projections,
                         torch.Generator().manual_seed(self.settings.seed),
+                        self.progress,
                     )
                 ),
             )
         self.initialised = True
-        yield self._record("init", 1, 1, errors, 0.0, started, self.settings.init_images)
+        images = self.settings.init_images if errors else 0
+        yield self._record("init", 1, 1, errors, 0.0, started, images)
         self._save()
 
     def _train(self, stage: StageSettings) -> Iterator[Record]:
@@ -177,8 +186,9 @@ class _Run:
         try:
             return self.optimiser.update(self.step, total)
         except DistilError:
-            # The guard stops before it changes anything.
+            # The guard stops before it changes anything; who goes on, does so with a new count.
             self.whole = True
+            self.optimiser.bad = 0
             raise
 
     def _parts(self, stage: StageSettings) -> int:
