@@ -65,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         "steps than with a trained model: read how many it computed beside its time",
     )
     parser.add_argument("--flops", action="store_true", help="count operations instead of time")
+    parser.add_argument(
+        "--cpu-step",
+        action="store_true",
+        help="the demo student's ten blocks on the CPU, as they run now and as first written",
+    )
     options = parser.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"expected --json in a folder that exists, got {options.json}")
@@ -72,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         # Whole models need the layers above this one, so they are found by name and only here.
         models = importlib.import_module("..development.whole_models", __package__)
         return models.main(options)
+    if options.cpu_step:
+        return importlib.import_module("..development.cpu_step", __package__).main(options)
     device = torch.device(options.device) if options.device else default_device()
     on_cpu = device.type == "cpu"
     chosen = options.only or (["small"] if on_cpu else [s for s in sets if s != "small"])

@@ -1,6 +1,7 @@
 """`python -m comfyui_deltaconv.kernels.plot FILE.json`: the benchmark's JSON as a picture, a table.
 
---png writes cost against tokens on logarithmic axes (needs matplotlib); --table prints Markdown.
+--png writes cost against tokens on logarithmic axes (needs matplotlib); --table prints Markdown,
+the table of kernels/README.md.
 """
 
 import argparse
@@ -10,14 +11,17 @@ from pathlib import Path
 
 from .benchmark.contenders import CONTENDERS
 
-LABELS = {
+HEADINGS = {
     "attn1": "self-attention",
     "linfus": "LinFusion",
-    "pub": "ΔConv, published style",
-    "nchw": "ΔConv, torch, NCHW",
-    "nhwc": "ΔConv, torch, NHWC",
-    "ours": "ΔConv, ours",
+    "pub": "published style",
+    "nchw": "torch, NCHW",
+    "nhwc": "torch, NHWC",
+    "ours": "ours",
 }
+TRAINING = ("training", "training sweep")
+# Of C elements a token, read and written by all five launches; see README.md.
+MOVED = 5.875
 
 
 def times(entry: dict, way: str) -> dict[str, float]:
@@ -26,33 +30,77 @@ def times(entry: dict, way: str) -> dict[str, float]:
 
 
 def table(report: dict) -> str:
-    """The rows as a Markdown table in µs, eager and graph; the smaller sets behind it."""
+    """Markdown in µs: rows and sweep, then the sites of whole models, then training."""
     about = report["environment"]
-    names = [name for name in CONTENDERS if any(name in e["eager"] for e in report["results"])]
-    head = ["site", "C", "k", "H=W", *names, "floor", "ours / floor"]
+    replayed = any(entry.get("graph") for entry in report["results"])
+    how = "µs as CUDA-graph replay (eager in brackets)" if replayed else "µs, eager"
     lines = [
         f"{about['device']}, {about['dtype']}, batch {about['batch']}, driver {about['driver']}, "
-        f"torch {about['torch']}, triton {about['triton']}; median µs, eager (graph replay).",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
+        f"torch {about['torch']}, Triton {about['triton']}; {how}, medians of {about['repeats']} "
+        "interleaved repeats."
     ]
-    for entry in report["results"]:
-        if entry["kind"] == "training":
-            continue
-        eager, graph = times(entry, "eager"), times(entry, "graph")
-        cells = []
-        for name in names:
-            cell = f"{eager[name] * 1e6:.0f}" if name in eager else "–"
-            cells.append(f"{cell} ({graph[name] * 1e6:.0f})" if name in graph else cell)
-        floor = max(value for value in entry["floors"].values() if value)
-        best = graph.get("ours", eager.get("ours"))
-        ratio = f"{best / floor:.1f}" if best else "–"
-        row = [f"{entry['group']} {entry['name']}".strip(), entry["dim"], entry["kernel_size"]]
-        row += [entry["side"], *cells, f"{floor * 1e6:.1f}", ratio]
-        lines.append("| " + " | ".join(map(str, row)) + " |")
-    lines += ["", *totals(report)]
-    return "\n".join(lines)
+    kinds = {
+        "": ("rows", "sweep", "small"),
+        "The sites of one call of a model:": ("models",),
+        "Forward and backward; MiB that autograd keeps, and beyond that at the peak:": TRAINING,
+    }
+    for title, wanted in kinds.items():
+        entries = [entry for entry in report["results"] if entry["kind"] in wanted]
+        if entries:
+            lines += ["", *([title, ""] if title else []), *_rows(entries)]
+    return "\n".join([*lines, "", *totals(report)]).rstrip()
+
+
+def _rows(entries: list[dict]) -> list[str]:
+    names = [name for name in CONTENDERS if any(name in entry["eager"] for entry in entries)]
+    training = entries[0]["kind"] in TRAINING
+    last = ["kept", "peak", "torch / ours"] if training else ["floor", "ours / floor"]
+    head = ["site", "C", "k", "H=W", *(HEADINGS[name] for name in names), *last]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for entry in entries:
+        cells = [_site(entry), entry["dim"], entry["kernel_size"], entry["side"]]
+        cells += [_cell(entry, name) for name in names]
+        cells += _memory(entry) if training else _floor(entry)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _site(entry: dict) -> str:
+    if "sweep" in entry["kind"]:
+        return f"SD1.5 at {entry['name']}"
+    count = f" ({entry['count']} ×)" if entry["group"] else ""
+    return f"{entry['group']} {entry['name']}".strip() + count
+
+
+def _cell(entry: dict, name: str) -> str:
+    eager, graph = (times(entry, way).get(name) for way in ("eager", "graph"))
+    if eager is None:
+        return "–"
+    main = _micro(graph) if "graph" in entry else _micro(eager)
+    main = f"**{main}**" if name == "ours" else main
+    return f"{main} ({_micro(eager)})" if "graph" in entry else main
+
+
+def _micro(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e6:,.0f}".replace(",", " ")
+
+
+def _floor(entry: dict) -> list[str]:
+    floor = max(value for value in entry["floors"].values() if value)
+    best = times(entry, "graph").get("ours", times(entry, "eager").get("ours"))
+    return [f"{floor * 1e6:.1f}", f"{best / floor:.1f}" if best else "–"]
+
+
+def _memory(entry: dict) -> list[str]:
+    """Torch → ours of what is kept and of the peak, and torch's faster form over ours in time."""
+    cells = []
+    for found in (entry["saved"], entry.get("memory", {})):
+        pair = (found.get(name) for name in ("nchw", "ours"))
+        cells.append(" → ".join("–" if n is None else f"{n / 2**20:.1f}" for n in pair))
+    found = times(entry, "graph") or times(entry, "eager")
+    torchs = [found[name] for name in ("nchw", "nhwc") if name in found]
+    known = torchs and "ours" in found
+    return [*cells, f"{min(torchs) / found['ours']:.2f}" if known else "–"]
 
 
 def totals(report: dict) -> list[str]:
@@ -72,6 +120,42 @@ def totals(report: dict) -> list[str]:
     return sentences
 
 
+def explain(report: dict) -> str:
+    """Where each row's time goes, by arithmetic from the report alone, as Markdown in µs.
+
+    Launches: what the smallest site takes above its floor, where nothing else is left to do. Bytes:
+    what all launches move, over copy bandwidth. Arithmetic: the floor's. Rest: what was measured
+    beyond these, which is the convolution waiting for loads and the passes below copy bandwidth.
+    """
+    about, entries = report["environment"], report["results"]
+    entries = [e for e in entries if "ours" in times(e, "graph") and e["kind"] not in TRAINING]
+    if not entries:
+        return "No row was replayed as a CUDA graph, so there is nothing to explain."
+    smallest = min(entries, key=lambda entry: entry["side"])
+    bound = max(value for value in smallest["floors"].values() if value)
+    launches = times(smallest, "graph")["ours"] - bound
+    lines = ["| site | k | H=W | measured | launches | bytes | arithmetic | rest | mostly |"]
+    lines += ["|" + "---|" * 9]
+    for entry in entries:
+        if entry["kind"] == "models" and entry is not smallest:
+            continue
+        took, floors = times(entry, "graph")["ours"], entry["floors"]
+        # The floor moves x and y, 2 of the 5⅞ C of all launches, and the weights.
+        maps = (MOVED - 2) * about["batch"] * entry["side"] ** 2 * entry["dim"]
+        wide = 4 if about["dtype"] == "float32" else 2
+        parts = {
+            "launches": launches,
+            "bytes": floors["memory"] + maps * wide / about["copy_bytes_per_second"],
+            "arithmetic": floors["arithmetic"] or 0.0,
+        }
+        parts["rest"] = took - sum(parts.values())
+        cells = [_site(entry), entry["kernel_size"], entry["side"], f"{took * 1e6:,.1f}"]
+        cells += [f"{value * 1e6:,.1f}" for value in parts.values()]
+        cells.append(max(parts, key=parts.get))
+        lines.append("| " + " | ".join(map(str, cells)).replace(",", " ") + " |")
+    return "\n".join(lines)
+
+
 def draw(report: dict, path: Path) -> None:
     """Cost of one call against tokens, a line per contender, both axes logarithmic."""
     import matplotlib
@@ -80,7 +164,8 @@ def draw(report: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     kinds = {entry["kind"] for entry in report["results"]}
-    kind = "sweep" if "sweep" in kinds else next(k for k in ("rows", "small") if k in kinds)
+    order = ("sweep", "rows", "small", *reversed(TRAINING), "models")
+    kind = next(kind for kind in order if kind in kinds)
     entries = [entry for entry in report["results"] if entry["kind"] == kind]
     entries.sort(key=lambda entry: entry["side"])
     way = "graph" if any(times(entry, "graph") for entry in entries) else "eager"
@@ -88,13 +173,17 @@ def draw(report: dict, path: Path) -> None:
     for name in CONTENDERS:
         points = [(e["side"] ** 2, times(e, way)[name]) for e in entries if name in times(e, way)]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=LABELS[name])
-    floor = [(e["side"] ** 2, max(v for v in e["floors"].values() if v)) for e in entries]
-    axes.plot(*zip(*floor, strict=True), "k:", label="floor: bytes, or arithmetic")
-    axes.set(xscale="log", yscale="log", xlabel="tokens (H·W)", ylabel="seconds per call")
+            label = HEADINGS[name] if name in ("attn1", "linfus") else f"ΔConv, {HEADINGS[name]}"
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    if kind not in TRAINING:
+        floor = [(e["side"] ** 2, max(v for v in e["floors"].values() if v)) for e in entries]
+        axes.plot(*zip(*floor, strict=True), "k:", label="floor: bytes, or arithmetic")
+    call = "forward and backward" if kind in TRAINING else "call"
+    axes.set(xscale="log", yscale="log", xlabel="tokens (H·W)", ylabel=f"seconds per {call}")
     about = report["environment"]
     how = "CUDA-graph replay" if way == "graph" else "eager"
-    site = f"C = {entries[0]['dim']}, k = {entries[0]['kernel_size']}"
+    sites = {(entry["dim"], entry["kernel_size"]) for entry in entries}
+    site = "C = {}, k = {}".format(*sites.pop()) if len(sites) == 1 else "several sites"
     axes.set_title(f"{about['device']}, {how}\n{about['dtype']}, batch {about['batch']}, {site}")
     axes.legend()
     axes.grid(True, which="major", alpha=0.3)
@@ -107,10 +196,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("report", type=Path, help="JSON that kernels.bench wrote")
     parser.add_argument("--png", type=Path)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--explain", action="store_true", help="the distance to the floor, by row")
     options = parser.parse_args(argv)
     report = json.loads(options.report.read_text(encoding="utf-8"))
-    if options.table or not options.png:
+    if not report.get("results"):
+        parser.error(f"expected results of layers in {options.report}, got none")
+    if options.table or not (options.png or options.explain):
         print(table(report))
+    if options.explain:
+        print(explain(report))
     if options.png:
         draw(report, options.png)
     return 0

@@ -1,6 +1,7 @@
 """The benchmark on a CPU: what it measures, what it refuses, and what becomes of its JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,10 +41,85 @@ def test_every_row_is_measured_with_its_spread(report):
 
 def test_table_and_plot_come_from_the_json(report, tmp_path):
     text = plot.table(report)
-    assert "| tiny | 16 | 3 | 8 |" in text and "ours / floor" in text
+    assert text.count("| tiny | 16 | 3 | 8 |") == 2 and "ours / floor" in text
     pytest.importorskip("matplotlib", reason="matplotlib is an optional extra")
     plot.draw(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["training", "models", "rows"])
+def test_one_part_alone_has_a_table_and_a_plot(kind, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "ROWS", TINY[:1])
+    monkeypatch.setattr(bench, "SWEEP", TINY[:1])
+    monkeypatch.setattr(bench, "MODELS", {"a model": ((TINY[0], 3),)})
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
+    path = tmp_path / "report.json"
+    bench.main(["--device", "cpu", "--repeats", "1", "--only", kind, "--json", str(path)])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    expected = {"training": ["training", "training sweep"]}.get(kind, [kind])
+    assert [entry["kind"] for entry in found["results"]] == expected
+    assert found["seconds"] > 0
+    capsys.readouterr()
+    assert plot.main([str(path), "--table"]) == 0
+    text = capsys.readouterr().out
+    site = {"models": "a model tiny (3 ×)"}.get(kind, "tiny")
+    assert f"| {site} | 16 | 3 | 8 |" in text
+    if kind == "training":
+        assert "Forward and backward" in text and "| SD1.5 at tiny | 16 |" in text
+        kept = [
+            entry["saved"][name] / 2**20 for entry in found["results"] for name in ("nchw", "ours")
+        ]
+        assert f"{kept[0]:.1f} → {kept[1]:.1f}" in text
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional extra")
+    plot.draw(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_distance_to_the_floor_adds_up(report, capsys):
+    assert "nothing to explain" in plot.explain(report)
+    # 2 C of floor and 5⅞ C of traffic, at a byte a second: x and y of 2 × 4 tokens of 16 bytes.
+    about = {"batch": 2, "dtype": "float16", "copy_bytes_per_second": 1.0}
+    entry = {"kind": "rows", "group": "", "name": "a", "dim": 8, "kernel_size": 3, "eager": {}}
+    small = entry | {"side": 1, "floors": {"memory": 2.0, "arithmetic": 1.0}}
+    large = entry | {"side": 2, "floors": {"memory": 256.0, "arithmetic": None}}
+    small["graph"], large["graph"] = ({"ours": {"median": value}} for value in (5.0, 1000.0))
+    lines = plot.explain({"environment": about, "results": [small, large]}).split("\n")
+    parts = [float(cell.replace(" ", "")) for cell in lines[3].split(" | ")[3:8]]
+    # 3 of launches, 256 + 3.875 · 2 · 4 · 8 · 2 of bytes.
+    assert parts == [1000e6, 3e6, 752e6, 0, 245e6] and lines[3].endswith("| bytes |")
+
+
+def test_a_report_without_layers_has_no_table(tmp_path, capsys):
+    path = tmp_path / "flops.json"
+    bench.main(["--flops", "--json", str(path)])
+    with pytest.raises(SystemExit):
+        plot.main([str(path)])
+    assert "expected results of layers" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_table_that_the_committed_json_gives():
+    folder = Path(bench.__file__).parent
+    found = json.loads((folder / "results" / "h100.json").read_text(encoding="utf-8"))
+    rows = plot.table(found).split("\n\n")[1]
+    assert rows.count("\n") == 20
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert rows in readme and plot.explain(found) in readme
+
+
+@pytest.mark.parametrize("what", [["--flops"], ["--comfyui", "nowhere"], []])
+def test_a_folder_that_is_not_there_is_refused_before_anything_runs(what, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([*what, "--json", str(tmp_path / "none" / "x.json")])
+    assert "expected --json in a folder that exists" in capsys.readouterr().err
+
+
+def test_what_is_too_slow_in_a_sweep_is_not_tried_at_larger_sizes(monkeypatch):
+    monkeypatch.setattr(bench, "SWEEP", TINY)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(trial, "LONGEST_CALL", 0.0)
+    found = bench.run(CPU, torch.float32, 1, 1, ["sweep"])["results"]
+    assert found[0]["left_out"]["ours"].startswith("one call takes")
+    assert found[1]["left_out"]["ours"].startswith("not tried: at tiny one call takes")
 
 
 def broken(monkeypatch, spoil):
@@ -184,6 +260,37 @@ def test_saved_memory_leaves_out_what_the_caller_owns():
     assert measure.saved_for_backward(lambda: (x + 1).exp(), [x]) == 400
 
 
-def test_flops_place_the_papers_headline(capsys):
-    assert bench.main(["--flops"]) == 0
+def test_flops_place_the_papers_headline(capsys, tmp_path):
+    path = tmp_path / "flops.json"
+    assert bench.main(["--flops", "--json", str(path)]) == 0
+    found = json.loads(path.read_text(encoding="utf-8"))["flops"]
+    assert [row["pixels"] for row in found] == [512, 1024, 2048, 4096, 8192, 16384]
+
+    def by_hand(pixels):
+        """Multiply-adds, twice: (C, kernel, sites, tokens), level by level as SD1.5 has them."""
+        cells = (pixels // 8) ** 2
+        attention = blocks = 0
+        for dim, k, sites, tokens in (
+            (320, 7, 2, cells),
+            (320, 11, 3, cells),
+            (640, 9, 5, cells // 4),
+            (1280, 5, 5, cells // 16),
+            (1280, 3, 1, cells // 64),
+        ):
+            # q, k, v and the way out; Q·Kᵀ and the weighted sum.
+            attention += sites * (4 * tokens * dim**2 + 2 * tokens**2 * dim)
+            # Up and out; taps of both scales on half the channels; the pooled branch.
+            up, out = tokens * dim * dim // 2, tokens * (2 * dim // 4) * dim
+            taps = (tokens + tokens // 4) * k**2 * dim // 2
+            blocks += sites * (up + out + taps + dim**2)
+        return 2 * attention, 2 * blocks
+
+    for row in found:
+        assert (row["attention"], row["deltaconv"]) == by_hand(row["pixels"])
+    assert by_hand(512) == (173_665_157_120, 13_956_608_000)
+    readme = (Path(bench.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for row in found:
+        ratio = f"{row['attention'] / row['deltaconv']:,.0f}".replace(",", " ")
+        cells = (f"{row['pixels']}²", f"{row['attention']:.3g}", f"{row['deltaconv']:.3g}", ratio)
+        assert "| " + " | ".join(cells) + " |" in readme
     assert "16384²" in capsys.readouterr().out
