@@ -19,11 +19,14 @@ import torch
 from .accuracy import Case
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+# Bytes of shared memory that a program may take there.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 # One case per tile and kernel size; sizes alone do not make another compilation.
 CASES = {
     "SD1.5 level 0, k 7": Case(2, 64, 64, 320, 7),
     "SD1.5 level 0 at 2048², k 11": Case(2, 256, 256, 320, 11),
     "SD1.5 level 2, k 5": Case(2, 16, 16, 1280, 5),
+    "SD1.5 middle, k 3": Case(2, 8, 8, 1280, 3),
     "SDXL level 2, k 9": Case(2, 32, 32, 1280, 9),
     "PixArt, k 13": Case(2, 32, 32, 1152, 13, gate="sigmoid"),
     "largest kernel, k 17": Case(2, 128, 128, 640, 17),
@@ -102,14 +105,17 @@ def _resources(asm) -> tuple[int | None, int | None]:
     return (int(found[1]), int(found[2])) if found else (None, None)
 
 
-def launches(case: Case, dtype: torch.dtype, gradients: bool):
-    """The launches of the op at this case: forward, and with `gradients` those of backward."""
+def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None = None):
+    """The launches of the op at this case: forward, and with `gradients` those of backward.
+
+    `shared` is the memory of the device that they are for; without it what every device has.
+    """
     from .fused.backward import plan_level, plan_resampling
     from .fused.plan import Shape, plan_forward
 
     sizes = (case.batch, case.height, case.width, case.dim // 2, case.kernel_size)
     shape = Shape(*sizes, case.scales, case.gate, dtype, torch.device("cpu"))
-    forward = plan_forward(shape, case.dim, dtype)
+    forward = plan_forward(shape, case.dim, dtype, shared)
     yield from (forward.pool, forward.convolve, forward.upsample)
     if forward.project:
         yield forward.project
@@ -135,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         for target in options.target or TARGETS:
             for name in options.case or CASES:
-                for launch in launches(CASES[name], dtype, not options.forward_only):
+                backward = not options.forward_only
+                for launch in launches(CASES[name], dtype, backward, SHARED[target]):
                     report = compile_launch(launch, dtype, target)
                     kernel, seconds, *rest = report
                     row = [target, name, kernel, f"{seconds:.1f}", *map(str, rest)]

@@ -1,8 +1,9 @@
 """`python -m comfyui_deltaconv.kernels.selftest`: may the ops be trusted on this device?
 
 Every dtype and kernel size is compared with the float64 definition and allowed what torch's own
-operators lose in that dtype: first forward, which is all that drawing needs, then backward. Ends
-within its time limit and says what it did not get to; what is compiled already takes no time again.
+operators lose in that dtype, on a ragged map and on one that is compiled as real models' are: first
+forward, which is all that drawing needs, then backward. Ends within its time limit and says what it
+did not get to; what is compiled already takes no time again.
 """
 
 import argparse
@@ -14,11 +15,29 @@ from typing import NamedTuple
 import torch
 
 from . import dispatch
-from .accuracy import Case, forward_errors, gradient_errors, make_inputs
+from .accuracy import Case, forward_errors, gradient_errors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
-KERNEL_SIZES = (3, 5, 7, 9, 11, 13, 15, 17)
+# By kernel size, what real models make Triton compile: their channels, maps that pool evenly, both
+# sizes of every tile. As many programs as the models' maps have, which choose the tiles, of maps so
+# narrow that the definition in float64 stays quick.
+REAL = {
+    # SDXL at 2048²: the widest product, 128 × 128.
+    3: Case(52, 6, 8, 1280, 3),
+    # SD1.5's level 2 as it is: small tiles of 32 channels.
+    5: Case(2, 16, 16, 1280, 5),
+    # SD1.5's level 0, with a third scale.
+    7: Case(3, 72, 6, 320, 7, (1.0, 0.5, 1 / 3)),
+    # SDXL's level 2: large tiles of 32 channels.
+    9: Case(2, 56, 4, 1280, 9),
+    # SD1.5's level 0: large tiles of 16 channels, the narrow product.
+    11: Case(3, 72, 4, 320, 11),
+    13: Case(2, 64, 2, 1152, 13, gate="sigmoid"),
+    15: Case(3, 72, 2, 640, 15),
+    17: Case(3, 72, 2, 320, 17),
+}
+KERNEL_SIZES = tuple(REAL)
 SECONDS = 30.0
 
 
@@ -60,28 +79,39 @@ def self_test(
             progress(done + 1, len(plan))
 
 
+def cases(size: int, device: torch.device) -> tuple[Case, Case]:
+    """A ragged map (odd sides, tiles that are not full) and a real one, each with its gate."""
+    real = REAL[size]
+    if device.type == "cpu":
+        # Nothing is compiled for a shape there: fewer channels test as much.
+        real = real._replace(dim=64)
+    other = "scaled" if real.gate == "sigmoid" else "sigmoid"
+    return Case(2, 23, 37, 64, size, gate=other), real
+
+
 def _verdict(device: torch.device, dtype: torch.dtype, size: int, direction: str) -> Verdict:
-    # Ragged on purpose: odd sides, two images, a row of tiles that is not full.
-    gate = "sigmoid" if size in (5, 13) else "scaled"
-    case = Case(2, 23, 37, 64, size, gate=gate)
-    implementation = ""
-    try:
-        # Nodes run in inference mode, where no gradient can be recorded.
-        with torch.inference_mode(False), torch.enable_grad():
-            if direction == "forward":
-                errors = forward_errors(case, dtype, device)
-            else:
-                errors = gradient_errors(case._replace(batch=1, height=11), dtype, device)
-        implementation = implementation_of(case, dtype, device)
-    except Exception as error:
-        # Whatever a driver or a compiler raises is the user's answer, not a crash.
-        reason = f"{type(error).__name__}: {error}"
-        return Verdict(dtype, size, direction, implementation, False, reason)
-    bad = [
-        f"{name} is off by {ours.worst:.1e}, torch's own operators by {own.worst:.1e}"
-        for name, ours, own in errors
-        if not ours.within(own, dtype)
-    ]
+    ragged, real = cases(size, device)
+    if direction == "backward":
+        ragged = ragged._replace(batch=1, height=11)
+    measure = forward_errors if direction == "forward" else gradient_errors
+    ran, bad = [], []
+    for case in (ragged, real):
+        shape = f"at {list(case[:4])}, {case.gate}"
+        try:
+            # Nodes run in inference mode, where no gradient can be recorded.
+            with torch.inference_mode(False), torch.enable_grad():
+                errors = measure(case, dtype, device)
+            ran.append(implementation_of(case, dtype, device))
+        except Exception as error:
+            # Whatever a driver or a compiler raises is the user's answer, not a crash.
+            bad.append(f"{type(error).__name__}: {error} ({shape})")
+            continue
+        bad += [
+            f"{name} is off by {ours.worst:.1e}, torch's own operators by {own.worst:.1e} {shape}"
+            for name, ours, own in errors
+            if not ours.within(own, dtype)
+        ]
+    implementation = " and ".join(dict.fromkeys(ran))
     return Verdict(dtype, size, direction, implementation, not bad, "; ".join(bad))
 
 
@@ -125,8 +155,10 @@ def _name(dtype: torch.dtype) -> str:
 
 def implementation_of(case: Case, dtype: torch.dtype, device: torch.device | str) -> str:
     """`triton` or `torch`: what the public ops run at this case."""
-    inputs = make_inputs(case._replace(batch=1), dtype, device)
-    request = dispatch.request_of(inputs[1], inputs[6:], case.scales)
+    # A tensor's device has its number, which the plain name lacks.
+    device = torch.empty(0, device=device).device
+    sizes = (case.height, case.width, case.dim // 2, case.kernel_size)
+    request = dispatch.Request(device, dtype, *sizes, case.scales)
     return "triton" if dispatch.uses_triton(request, dispatch.forced()) else "torch"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_deltaconv import kernels
 from comfyui_deltaconv.deltaconv import DeltaConvBlock
-from comfyui_deltaconv.kernels import accuracy, dispatch, operators, selftest, torch_forms
+from comfyui_deltaconv.kernels import accuracy, ahead, dispatch, operators, selftest, torch_forms
 from comfyui_deltaconv.kernels.accuracy import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -311,3 +311,34 @@ def test_every_kernel_compiles_for_devices_that_are_not_here(gate, dtype, target
         # Once a and b were one value to begin with, and a left the loop as zero on every GPU.
         carried, rows = loops[name]
         assert carried >= 2 * rows > 0
+
+
+PROJECTIONS = """
+import sys, torch
+from comfyui_deltaconv.kernels import ahead
+target, done = sys.argv[1], set()
+for case in ahead.CASES.values():
+    for launch in ahead.launches(case, torch.float16, False, ahead.SHARED[target]):
+        tile = tuple(launch.constants.get(name, 0) for name in ("TOKENS", "OUTPUTS", "INNER"))
+        if "project" in launch.kernel.__name__ and tile not in done:
+            done.add(tile)
+            print(*tile, ahead.compiled_for(launch, torch.float16, target).metadata.shared)
+"""
+
+
+@pytest.mark.parametrize(
+    "target, tiles",
+    [
+        ("sm_90", {(128, 64, 32), (64, 64, 64), (64, 128, 64), (128, 128, 64)}),
+        ("gfx942", {(128, 64, 32), (64, 64, 64)}),
+    ],
+)
+def test_what_is_compiled_ahead_is_what_the_device_would_take(target, tiles):
+    pytest.importorskip("triton", reason="Triton is not installed for this system")
+    line = [sys.executable, "-I", "-c", PROJECTIONS, target]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert {row[:3] for row in rows} == tiles
+    for *_, shared in rows:
+        assert 0 < shared <= ahead.SHARED[target]

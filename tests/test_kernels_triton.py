@@ -8,8 +8,9 @@ import pytest
 import torch
 from comfyui_deltaconv import kernels
 from comfyui_deltaconv.deltaconv import DeltaConvBlock
-from comfyui_deltaconv.kernels import accuracy, dispatch
+from comfyui_deltaconv.kernels import accuracy, ahead, dispatch, selftest
 from comfyui_deltaconv.kernels.accuracy import Case
+from comfyui_deltaconv.kernels.benchmark import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -24,9 +25,11 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="Triton is not installed for this system")
 from comfyui_deltaconv.kernels.fused import backward, forward, plan  # noqa: E402
-from comfyui_deltaconv.kernels.fused.project import project_kernel  # noqa: E402
 
 os.environ.pop("TRITON_INTERPRET", None)
+
+
+TILES = (*(tile for _, tile in plan.PROJECTION_TILES), plan.NARROW_TILE)
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +141,41 @@ def test_gradients(case, dtype):
     assert_within_budget(accuracy.gradient_errors(case, dtype, DEVICE), dtype)
 
 
+@pytest.fixture
+def large_map(monkeypatch):
+    """Plans of small maps are those of large ones on a large GPU: its tiles, its shared memory."""
+    monkeypatch.setattr(plan, "FEW_PROGRAMS", 0)
+    if not HAS_GPU:
+        monkeypatch.setattr(plan, "shared_memory", lambda device: ahead.SHARED["sm_90"])
+    for cached in (plan.plan_forward, backward.plan_level):
+        cached.cache_clear()
+    yield
+    for cached in (plan.plan_forward, backward.plan_level):
+        cached.cache_clear()
+
+
+# With the tile of the convolutions and the spans of the pooling.
+REAL = {
+    "16 channels": (Case(1, 8, 34, 64, 5, gate="sigmoid"), (8, 32, 16), (2, 0)),
+    "32 channels": (Case(1, 10, 18, 128, 3), (8, 16, 32), (2, 0)),
+    "three scales": (Case(1, 12, 18, 128, 3, (1.0, 0.5, 1 / 3)), (8, 16, 32), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_forward_as_real_models_have_it(large_map, name):
+    case, tile, spans = REAL[name]
+    pool, convolve, *_ = ahead.launches(case, torch.float16, False)
+    assert tuple(convolve.constants[key] for key in ("ROWS", "COLUMNS", "CHANNELS")) == tile
+    assert (pool.constants["SPAN1"], pool.constants["SPAN2"]) == spans
+    assert_within_budget(accuracy.forward_errors(case, torch.float16, DEVICE), torch.float16)
+
+
+def test_gradients_as_real_models_have_them(large_map):
+    case = REAL["32 channels"][0]
+    assert_within_budget(accuracy.gradient_errors(case, torch.float16, DEVICE), torch.float16)
+
+
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 2),
@@ -175,20 +213,48 @@ def test_inputs_need_not_be_contiguous_or_aligned():
     assert torch.equal(accuracy.project(case, shifted), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("inner, dim", [(64, 80), (20, 24)])
-def test_projection_adds_the_context_of_its_own_image(inner, dim, dtype):
-    batch, tokens = 2, 70
+# No device multiplies fp32 with it: only the interpreter has the memory for these tiles.
+@pytest.mark.parametrize("dtype", DTYPES[HAS_GPU:], ids=str)
+@pytest.mark.parametrize("inner, dim", [(64, 80), (128, 256), (20, 24)])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.tokens} by {tile.outputs}")
+def test_projection_adds_the_context_of_its_own_image(tile, inner, dim, dtype):
+    if HAS_GPU and tile.shared > plan.shared_memory(torch.device(DEVICE)):
+        pytest.skip("this device has too little shared memory for the tile, and takes another")
+    batch, tokens = 2, 150
     normal = torch.Generator().manual_seed(0)
     pyramid = torch.randn(batch, tokens, inner, generator=normal).to(dtype).to(DEVICE)
     weight = torch.randn(dim, inner, generator=normal).to(dtype).to(DEVICE)
     context = torch.randn(batch, dim, generator=normal).to(DEVICE)
     out = torch.empty(batch, tokens, dim, dtype=dtype, device=DEVICE)
-    plan.plan_projection(batch, tokens, inner, dim)(pyramid, weight, context, out)
+    launch = plan.plan_projection(batch, tokens, inner, dim, tile)
+    assert launch.constants["EVEN"] == (inner % tile.inner == 0)
+    launch(pyramid, weight, context, out)
     exact = pyramid.double() @ weight.double().t() + context.double()[:, None]
     own = (pyramid @ weight.t() + context[:, None].to(dtype)).to(dtype)
     assert accuracy.distance(out, exact.cpu()).within(accuracy.distance(own, exact.cpu()), dtype)
-    assert project_kernel is not None
+
+
+def variants(case, device_memory):
+    """What Triton compiles anew for, kernel size and gate aside, in the launches of a case."""
+    return {
+        (launch.kernel.__name__, *sorted((launch.constants | {"K": 0, "SIGMOID": 0}).items()))
+        for launch in ahead.launches(case, torch.float16, gradients=True, shared=device_memory)
+    }
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_self_test_runs_what_real_models_compile(target):
+    memory = ahead.SHARED[target]
+    tested = {size: selftest.cases(size, torch.device("cuda")) for size in selftest.KERNEL_SIZES}
+    ran = set().union(*(variants(case, memory) for pair in tested.values() for case in pair))
+    sites = [row for model in rows.MODELS.values() for row, _ in model] + list(rows.ROWS)
+    for row in sites:
+        case = Case(2, row.side, row.side, row.dim, row.kernel_size, gate=row.gate)
+        missing = variants(case, memory) - ran
+        assert not missing, f"{row}: {missing}"
+    assert {len(case.scales) for pair in tested.values() for case in pair} == {2, 3}
+    for pair in tested.values():
+        assert {case.gate for case in pair} == {"scaled", "sigmoid"}
 
 
 def test_bare_launches_refuse_to_lose_a_gradient():

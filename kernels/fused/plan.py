@@ -189,10 +189,13 @@ class Forward(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def plan_forward(shape: Shape, dim: int | None, x_dtype: torch.dtype | None) -> Forward:
+def plan_forward(
+    shape: Shape, dim: int | None, x_dtype: torch.dtype | None, shared: int | None = None
+) -> Forward:
     """Shape of u, C and dtype of x → launches; without x the pyramid alone, no context.
 
-    `x_dtype` only keeps plans apart: each holds kernels compiled for its dtypes.
+    `x_dtype` only keeps plans apart: each holds kernels compiled for its dtypes. `shared` is how
+    much shared memory a program may take, where the device is not here to say it.
     """
     batch, channels, half, levels = shape.batch, shape.channels, shape.half, len(shape.scales)
     lengths, lower = levels_of(shape), shape.sizes[1:]
@@ -230,7 +233,8 @@ def plan_forward(shape: Shape, dim: int | None, x_dtype: torch.dtype | None) -> 
     project = None
     # Triton's product is for the tensor cores; in fp32 the vendor's library is the better one.
     if dim and shape.dtype in (torch.float16, torch.bfloat16):
-        project = plan_projection(batch, tokens, half * levels, dim, shape.device)
+        product = projection_tile(batch, tokens, dim, shared or shared_memory(shape.device))
+        project = plan_projection(batch, tokens, half * levels, dim, product)
     parts = [
         ((shape.low_positions * channels,), shape.dtype),
         ((shape.low_positions * half,), shape.dtype),
@@ -291,12 +295,12 @@ PROJECTION_TILES = (
 NARROW_TILE = ProjectionTile(128, 64, 32, 4, 3)
 
 
-def projection_tile(batch: int, tokens: int, dim: int, device: torch.device) -> ProjectionTile:
-    """The largest tile that fits shared memory, wastes no outputs and gives enough programs."""
+def projection_tile(batch: int, tokens: int, dim: int, shared: int) -> ProjectionTile:
+    """The largest tile that fits `shared` memory, wastes no outputs and gives enough programs."""
     if dim % 128 == 0:
         for fewest, tile in PROJECTION_TILES:
             programs = batch * ceil(tokens / tile.tokens) * ceil(dim / tile.outputs)
-            if programs >= fewest and tile.shared <= shared_memory(device):
+            if programs >= fewest and tile.shared <= shared:
                 return tile
     return NARROW_TILE
 
@@ -310,11 +314,8 @@ def shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
 
 
-def plan_projection(
-    batch: int, tokens: int, inner: int, dim: int, device: torch.device | None = None
-) -> Launch:
+def plan_projection(batch: int, tokens: int, inner: int, dim: int, tile: ProjectionTile) -> Launch:
     """[batch, tokens, inner] · [inner, dim] → a launch."""
-    tile = projection_tile(batch, tokens, dim, device or torch.device("cpu"))
     constants = {"EVEN": inner % tile.inner == 0, "TOKENS": tile.tokens, "OUTPUTS": tile.outputs}
     programs = batch * ceil(tokens / tile.tokens) * ceil(dim / tile.outputs)
     numbers, constants = (tokens, inner, dim), constants | {"INNER": tile.inner}
