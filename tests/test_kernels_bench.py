@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_deltaconv.development import cpu_step
 from comfyui_deltaconv.kernels import bench, plot
 from comfyui_deltaconv.kernels.accuracy import distance
 from comfyui_deltaconv.kernels.benchmark import check, contenders, measure, rows, trial
@@ -294,3 +295,18 @@ def test_flops_place_the_papers_headline(capsys, tmp_path):
         cells = (f"{row['pixels']}²", f"{row['attention']:.3g}", f"{row['deltaconv']:.3g}", ratio)
         assert "| " + " | ".join(cells) + " |" in readme
     assert "16384²" in capsys.readouterr().out
+
+
+def test_the_demos_blocks_are_timed_against_how_they_were_first_written(
+    tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "step.json"
+    line = ["--cpu-step", "--repeats", "1", "--batch", "1", "--json", str(path)]
+    assert bench.main(line) == 0
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["blocks"] == 10 and found["environment"]["load"]
+    assert {timing["samples"] for timing in found["times"].values()} == {1}
+    assert "load average" in capsys.readouterr().out
+    monkeypatch.setattr(cpu_step, "first_written", lambda block, x: x)
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        bench.main(line)
