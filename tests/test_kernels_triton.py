@@ -299,15 +299,77 @@ def test_large_maps(case, dtype):
     assert_within_budget(accuracy.forward_errors(case, dtype, DEVICE), dtype)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU with 24 GB: more than 2³¹ elements")
-def test_more_elements_than_32_bits_count():
-    # Two images whose results must agree bit for bit: the second lies beyond 2³¹ elements.
-    case = Case(1, 2048, 2048, 640, 3, (1.0,))
-    u = torch.randn(1, 2048, 2048, 320, dtype=torch.float16, device=DEVICE).expand(2, -1, -1, -1)
-    weights = accuracy.make_inputs(case, torch.float16, DEVICE)[6:]
-    with torch.no_grad():
-        result = kernels.gated_pyramid(u, weights, case.scales, case.gate)
-    assert torch.equal(result[0], result[1])
+def corners(case, tensor, side):
+    """The four corners of every map of tensor [B, H, W, ·], as views [1, side, side, ·]."""
+    rows, columns = (
+        (slice(0, side), slice(size - side, size)) for size in (case.height, case.width)
+    )
+    images = range(case.batch)
+    return [tensor[i : i + 1, row, column] for i in images for row in rows for column in columns]
+
+
+def by_the_definition(case, means, crops, upstream, weights, dtype, device):
+    """Results where `upstream` is not 0, gradients of `crops`, and of the weights over all."""
+    weights = [weight.detach().to(device, dtype).requires_grad_() for weight in weights]
+    results, to_u = [], []
+    to_weights = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
+    for mean, u, gradient in zip(means, crops, upstream, strict=True):
+        mean, u, gradient = (t.detach().to(device, dtype) for t in (mean, u, gradient))
+        inputs = [mean[None], u.requires_grad_(), *weights]
+        result = accuracy.project(case, inputs, kernels.pyramid_projection_definition)
+        here, *rest = torch.autograd.grad(result, inputs[1:], gradient)
+        results.append(result[gradient != 0].detach())
+        to_u.append(here)
+        for total, one in zip(to_weights, rest, strict=True):
+            total += one
+    return [torch.cat(results), torch.cat(to_u), *to_weights]
+
+
+# u and all that is larger exceed 2³¹ elements: within one map, and between maps. 65 GB.
+BEYOND = {"one map": Case(1, 4096, 4096, 320, 3), "many maps": Case(8, 1456, 1456, 320, 3)}
+ROOM = HAS_GPU and DEVICE == "cuda" and torch.cuda.mem_get_info()[1] > 75e9
+TOO_SMALL = pytest.mark.skipif(not ROOM, reason="needs a GPU with 80 GB: more than 2³¹ elements")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(2, 16, 16, 8, 3), id="small"),
+        *(pytest.param(case, id=name, marks=TOO_SMALL) for name, case in BEYOND.items()),
+    ],
+)
+def test_corners_of_a_map_of_any_size(case):
+    dtype, shape = torch.float16, case[:3]
+    options = {"dtype": dtype, "device": DEVICE}
+    torch.manual_seed(0)
+    one = accuracy.make_inputs(case._replace(batch=1, height=1, width=1), dtype, DEVICE)
+    weights = [weight.requires_grad_() for weight in one[2:]]
+    u = torch.randn(*shape, case.dim // 2, **options).requires_grad_()
+    # Rows behind the middle alone have a mean: those read in their place would show.
+    x = torch.zeros(*shape, case.dim, **options)
+    x[:, case.height // 2 :] = torch.randn(case.dim, **options)
+    result = accuracy.project(case, [x, u, *weights])
+    # Only corners of four positions weigh: every gradient is a sum over them.
+    upstream = torch.zeros_like(result)
+    for corner in corners(case, upstream, 4):
+        corner.normal_()
+    to_u, *to_weights = torch.autograd.grad(result, [u, *weights], upstream)
+
+    # Eight positions hold all that the four depend on, and begin where a pooled position does.
+    means = x.mean(dim=(1, 2), keepdim=True, dtype=torch.float64).repeat_interleave(4, 0)
+    weighing = corners(case, upstream, 8)
+    results = zip(corners(case, result.detach(), 8), weighing, strict=True)
+    ours = [torch.cat([corner[weighs != 0] for corner, weighs in results])]
+    ours += [torch.cat(corners(case, to_u, 8)), *to_weights]
+    arguments = (case, means, corners(case, u, 8), weighing, weights)
+    exact = by_the_definition(*arguments, torch.float64, "cpu")
+    own = by_the_definition(*arguments, dtype, DEVICE)
+    names = ("result", *accuracy.NAMES[1:], "kernel 0", "kernel 1")
+    errors = [
+        (name, accuracy.distance(a, e), accuracy.distance(b, e))
+        for name, a, b, e in zip(names, ours, own, exact, strict=True)
+    ]
+    assert_within_budget(errors, dtype)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU: CUDA graphs")
