@@ -142,7 +142,7 @@ def measure(
             samples[name] = [first]
             waiting.remove(name)
         elif first is not None and name.part == "step" and device.type == "cuda":
-            used = attempt(name, lambda call=call: extra_memory(call))
+            used = attempt(name, lambda call=call: extra_memory(call, device))
             if used is not None:
                 result.memory[name] = used
         done += 1

@@ -76,10 +76,10 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
     return graph.replay
 
 
-def extra_memory(call: Callable[[], object], device: torch.device | None = None) -> int:
+def extra_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes at the call's peak beyond what was there before and what it returns (CUDA).
 
-    The call returns a tensor or several; `device` None is the current one.
+    The call returns a tensor or several.
     """
     with torch.cuda.device(device):
         torch.cuda.synchronize()
