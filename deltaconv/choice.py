@@ -20,6 +20,9 @@ _LONG = 0.2
 _CLEAR = 2
 
 
+Size = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Choice:
     """Seconds per call of both ways of one layer at one shape; infinite: it ran out of memory."""
@@ -38,43 +41,47 @@ class Choice:
 class Choices:
     """Choices made so far and the seconds they took; one instance serves the whole process."""
 
-    made: dict[Hashable, Choice] = field(default_factory=dict)
+    made: dict[tuple[Hashable, Size], Choice] = field(default_factory=dict)
     spent: defaultdict[torch.device, float] = field(default_factory=lambda: defaultdict(float))
-    _timed: list[tuple[torch.device, int, Choice]] = field(default_factory=list)
 
     def choose(
         self,
-        key: Hashable,
+        layer: Hashable,
+        size: Size,
         device: torch.device,
-        tokens: int,
         block: Callable[[], object],
         attention: Callable[[], object],
     ) -> Choice:
-        """The choice for `key`, a map of so many tokens.
+        """The choice for maps of this size in a layer; `layer` says all else that they cost by.
 
         Both are called a few times where it was not made before, unless the device's `BUDGET` is
-        spent: then the times of other maps decide.
+        spent: then the times of the layer's other maps decide.
         """
+        key = (layer, size)
         if key not in self.made:
             if self.spent[device] >= BUDGET:
-                self.made[key] = self._judged(device, tokens)
+                self.made[key] = self._judged(layer, math.prod(size))
             else:
-                choice, took = measure(device, block, attention, BUDGET - self.spent[device])
+                self.made[key], took = measure(
+                    device, block, attention, BUDGET - self.spent[device]
+                )
                 self.spent[device] += took
-                self._timed.append((device, tokens, choice))
-                self.made[key] = choice
         return self.made[key]
 
-    def _judged(self, device: torch.device, tokens: int) -> Choice:
-        """The block where a timed map proves it, otherwise attention, which nobody can regret.
+    def _judged(self, layer: Hashable, tokens: int) -> Choice:
+        """The block where a timed map of the same layer proves it, otherwise attention stays.
 
         On a smaller map the block takes no longer, and attention at least the square of the ratio;
         on a larger one attention grows faster than the block.
         """
         bounds = [
-            Choice(known.block, known.attention * min(1, tokens / size) ** 2, measured=False)
-            for where, size, known in self._timed
-            if where == device and math.isfinite(known.attention)
+            Choice(
+                known.block,
+                known.attention * min(1, tokens / math.prod(size)) ** 2,
+                measured=False,
+            )
+            for (other, size), known in self.made.items()
+            if other == layer and known.measured and math.isfinite(known.attention)
         ]
         stays = Choice(math.inf, 0.0, measured=False)
         return max(bounds, key=lambda choice: choice.attention - choice.block, default=stays)

@@ -1,5 +1,6 @@
 """What an application of ΔConv weights did to a model, in words."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,11 +81,19 @@ def choices_report(chosen: Mapping[tuple[str, tuple[int, int, int]], Choice]) ->
             f"batch {batch}, attention stays where it is faster"
         )
         details = [
-            f"{site} at {height} × {width} ({_ms(choice.attention)} against {_ms(choice.block)})"
+            f"{site} at {height} × {width} ({_times(choice)})"
             for site, (_, height, width), choice in kept
         ]
         sentences.append(f"{sentence}: {', '.join(details)}" if details else sentence)
     return sentences
+
+
+def _times(choice: Choice) -> str:
+    if not choice.measured:
+        return "not timed"
+    if math.isinf(choice.block):
+        return "the block ran out of memory"
+    return f"{_ms(choice.attention)} against {_ms(choice.block)}"
 
 
 def _ms(seconds: float) -> str:

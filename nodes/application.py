@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..deltaconv import DeltaConvBlock
-from ..deltaconv.choice import BUDGET, Choice, Choices
+from ..deltaconv.choice import BUDGET, Choice, Choices, Size
 from ..deltaconv.report import choices_report
 from .sites import ModelSites, Site
 
@@ -73,20 +73,21 @@ class Application:
         if not self.where_faster:
             return convolve()
         # `index` makes numbers again of what a compiler left open: every size has its own choice.
-        shape = tuple(map(operator.index, (x.shape[0], *size)))
-        layer = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
-        key = (x.device, x.dtype, shape, layer, block.scales, block.gate)
+        batch, *size = map(operator.index, (x.shape[0], *size))
+        size = tuple(size)
+        numbers = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
+        layer = (x.device, x.dtype, batch, numbers, block.scales, block.gate)
         if torch.compiler.is_compiling():
-            return convolve() if self.takes_compiled_block(site.path, key) else attend()
-        tokens = size[0] * size[1]
-        choice = _CHOICES.choose(key, x.device, tokens, convolve, attend)
-        self.chosen[site.path, shape] = choice
+            takes = self.takes_compiled_block(site.path, layer, batch, size)
+            return convolve() if takes else attend()
+        choice = _CHOICES.choose(layer, size, x.device, convolve, attend)
+        self.chosen[site.path, (batch, *size)] = choice
         return convolve() if choice.takes_block else attend()
 
     @torch.compiler.assume_constant_result
-    def takes_compiled_block(self, path: str, key: Hashable) -> bool:
+    def takes_compiled_block(self, path: str, layer: Hashable, batch: int, size: Size) -> bool:
         """What was chosen before a compiler traces one way; timing that would time the tracing."""
-        choice = _CHOICES.made.get(key)
+        choice = _CHOICES.made.get((layer, size))
         if choice is None:
             self.say_once(
                 "compile",
@@ -95,7 +96,7 @@ class Application:
                 "batch to Apply ΔConv to have them timed.",
             )
             return True
-        self.chosen[path, key[2]] = choice
+        self.chosen[path, (batch, *size)] = choice
         return choice.takes_block
 
     def after_sampling(self, _: ModelPatcher) -> None:

@@ -120,42 +120,44 @@ def test_a_block_that_runs_out_of_memory_later_has_lost_too():
 def test_every_key_is_measured_once():
     choices, calls = Choices(), []
     way = work(0.001, calls)
-    first = choices.choose("a", CPU, 64, way, way)
+    first = choices.choose("a", (8, 8), CPU, way, way)
     count = len(calls)
-    assert choices.choose("a", CPU, 64, way, way) is first
+    assert choices.choose("a", (8, 8), CPU, way, way) is first
     assert len(calls) == count
-    choices.choose("b", CPU, 64, way, way)
+    choices.choose("b", (8, 8), CPU, way, way)
     assert len(calls) == 2 * count
 
 
 def test_a_device_is_timed_for_two_seconds_in_all(clock):
-    # A picture of 4096²: seven kinds of layers, attention slow in the first.
-    choices, times = Choices(), [0.7, 0.7, 0.7, 0.7, 0.045, 0.045, 0.003]
-    for key, attention in enumerate(times):
-        tokens = 512**2 if attention == 0.7 else 128**2
-        choices.choose(key, CPU, tokens, work(0.002, []), work(attention, []))
+    # One layer at many sizes, attention slow at the largest of them.
+    choices = Choices()
+    for side, attention in ((512, 0.7), (511, 0.7), (510, 0.7), (509, 0.7), (128, 0.003)):
+        choices.choose("a", (side, side), CPU, work(0.002, []), work(attention, []))
     assert clock[0] < BUDGET + 0.7
-    assert [made.measured for made in choices.made.values()] == [True] * 3 + [False] * 4
+    assert [made.measured for made in choices.made.values()] == [True] * 3 + [False] * 2
     # A sixteenth of the tokens: 0.7 s come to 2.7 ms at least, more than the block's 2.
     assert all(made.takes_block for made in choices.made.values())
 
 
 def test_attention_stays_where_nothing_proves_the_block(clock):
     choices, calls = Choices(), []
-    choices.choose("large", CPU, 512**2, work(0.01, []), work(3.0, []))
+    choices.choose("a", (512, 512), CPU, work(0.01, []), work(3.0, []))
     for side, expected in ((1024, True), (256, True), (128, True), (64, False), (8, False)):
         way = work(1.0, calls)
-        made = choices.choose(side, CPU, side**2, way, way)
+        made = choices.choose("a", (side, side), CPU, way, way)
         assert (made.takes_block, made.measured) == (expected, False)
+    # Another layer may have more channels: its block costs by their square.
+    assert not choices.choose("b", (256, 256), CPU, way, way).takes_block
     assert not calls
 
 
 def test_every_device_has_its_own_budget_and_times(clock):
     choices, calls = Choices(), []
-    choices.choose("a", FIRST, 64, work(0.01, []), work(3.0, []))
-    made = choices.choose("b", FIRST, 64, work(0.02, calls), work(0.01, calls))
+    ways = work(0.02, calls), work(0.01, calls)
+    choices.choose(FIRST, (8, 8), FIRST, work(0.01, []), work(3.0, []))
+    made = choices.choose(FIRST, (8, 9), FIRST, *ways)
     assert made.takes_block and not made.measured and not calls
-    made = choices.choose("c", SECOND, 64, work(0.02, calls), work(0.01, calls))
+    made = choices.choose(SECOND, (8, 9), SECOND, *ways)
     assert made.measured and not made.takes_block
 
 
