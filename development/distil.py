@@ -219,7 +219,7 @@ def chosen_data(config: Mapping, teacher):
             (channels, size // pixels, size // pixels),
             count=config.get("samples", 64),
             cache=ROOT / "output" / "distil-samples",
-            progress=lambda done, total: print(f"drawn {done} of {total} samples", flush=True),
+            progress=_say_tenths,
         )
     if config.get("data", "demo") == "demo":
         if teacher.family != demo.FAMILY:
@@ -229,6 +229,11 @@ def chosen_data(config: Mapping, teacher):
     pictures, captions = read_folder(Path(config["data"]), size)
     latents = [encode_picture(teacher, picture) for picture in pictures]
     return Dataset(latents, encode(captions), unconditional)
+
+
+def _say_tenths(done: int, total: int) -> None:
+    if 10 * done // total > 10 * (done - 1) // total:
+        print(f"own samples: {done / total:.0%}", flush=True)
 
 
 def read_folder(folder: Path, size: int) -> tuple[list, list[str]]:

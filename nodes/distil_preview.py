@@ -34,14 +34,14 @@ class LivePreview:
         self.said = 0.0
 
     def drawn(self, done: int, total: int) -> None:
-        """So many of the model's own samples are there."""
-        self.bar.update_absolute(done, total)
-        self._say(f"own samples {done}/{total}")
+        """So many steps of sampling the model's own pictures are done."""
+        self._move(done, total)
+        self._say(f"own samples {done / total:.0%}")
 
     def initialised(self, share: float) -> None:
         """A share of the initialisation is done; raises where the queue was interrupted."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        self.bar.update_absolute(round(100 * share), 100)
+        self._move(round(100 * share), 100)
         self._say(f"initialisation {share:.0%}")
 
     def show(self, record: Record) -> None:
@@ -55,7 +55,7 @@ class LivePreview:
         preview = None
         if self.every and (record.step % self.every == 0 or done == self.total):
             preview = self._preview(record, text)
-        self.bar.update_absolute(done, self.total, preview)
+        self._move(done, self.total, preview)
         self._say(text, at_once=done == self.total)
 
     def _left(self, done: int) -> str:
@@ -67,6 +67,12 @@ class LivePreview:
         return (
             _duration((now - since) / (done - first) * (self.total - done)) if done > first else ""
         )
+
+    def _move(self, done: int, total: int, preview=None) -> None:
+        # A bar of its own for each total: one that was full does not show a smaller value.
+        if self.bar.total != total:
+            self.bar = comfy.utils.ProgressBar(total)
+        self.bar.update_absolute(done, total, preview)
 
     def _say(self, text: str, at_once: bool = False) -> None:
         """A line on the node itself, once a second at most."""

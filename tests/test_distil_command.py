@@ -173,7 +173,7 @@ def test_module_is_the_command(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "drawn 1 of 1 samples" in done.stdout and "Weights:" in done.stdout
+    assert "own samples: 100%" in done.stdout and "Weights:" in done.stdout
     weights = read_weights(tmp_path / "out" / "deltaconv.safetensors")
     assert weights.training["steps"] == 2
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3

@@ -227,7 +227,9 @@ def test_own_samples_fit_their_limit_and_outlive_a_damaged_cache(tmp_path):
     teacher, conditions = toy.ToyTeacher(), list(torch.zeros(2, toy.CHANNELS))
     options = {"count": 6, "steps": 8, "batch": 2, "cache": tmp_path, "cfg": 1.0}
     arguments = (teacher, conditions, ["a", "b"], torch.zeros(toy.CHANNELS), (3, 8, 8))
-    whole = own_samples(*arguments, **options)
+    heard = []
+    whole = own_samples(*arguments, **options, progress=lambda *told: heard.append(told))
+    assert heard == [(step, 24) for step in range(1, 25)]
     calls = teacher.calls
     again = own_samples(*arguments, **options)
     assert teacher.calls == calls

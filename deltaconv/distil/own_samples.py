@@ -41,7 +41,8 @@ def own_samples(
     every trajectory are kept in float16, as many as fit `max_bytes` with the finished samples;
     `cache`, where given, keeps them on disk and loses the oldest samples of other settings where
     it would grow beyond that. In memory the finished samples are float32, beside these points.
-    Raises DistilError where not even one point per sample fits.
+    `progress` hears (done, total) in steps of sampling. Raises DistilError where not even one point
+    per sample fits.
     """
     if not conditions or len(names) != len(conditions):
         raise DistilError(f"Expected prompts to draw samples from, got {len(conditions)}.")
@@ -59,26 +60,38 @@ def own_samples(
     named = [*names, unconditional_name]
     key = _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept, batch)
     latents, paths = [], []
-    for start in range(0, count, batch):
+    total = steps * -(-count // batch)
+    for number, start in enumerate(range(0, count, batch)):
+        before = number * steps
         rows = range(start, min(start + batch, count))
         file = cache / f"samples-{key}-{start:06d}.safetensors" if cache else None
         tensors = _cached(file, len(rows), kept, shape)
         if tensors is None:
             tensors = _draw(
-                teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which
+                teacher,
+                conditions,
+                unconditional,
+                shape,
+                rows,
+                steps,
+                cfg,
+                seed,
+                which,
+                lambda step, before=before: progress(before + step, total),
             )
             if file is not None:
                 cache.mkdir(parents=True, exist_ok=True)
                 _make_room(cache, key, max_bytes - sum(t.nbytes for t in tensors.values()))
                 write_atomically(tensors, {}, file, overwrite=True)
+        else:
+            progress(before + steps, total)
         latents += list(tensors["latents"].float())
         paths += [Trajectory(x, s) for x, s in zip(tensors["x"], tensors["sigma"], strict=True)]
-        progress(rows[-1] + 1, count)
     chosen = [conditions[index % len(conditions)] for index in range(count)]
     return Dataset(latents, chosen, unconditional, paths)
 
 
-def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which):
+def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which, progress):
     # One generator per image: what a sample is does not depend on the batch it was drawn in.
     noise = torch.stack(
         [
@@ -88,7 +101,16 @@ def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, whi
     )
     points: list[tuple[torch.Tensor, torch.Tensor]] = []
     chosen = [conditions[row % len(conditions)] for row in rows]
-    result = sample(teacher, chosen, unconditional, noise, steps=steps, cfg=cfg, points=points)
+    result = sample(
+        teacher,
+        chosen,
+        unconditional,
+        noise,
+        steps=steps,
+        cfg=cfg,
+        points=points,
+        progress=progress,
+    )
     x = torch.stack([points[at][0] for at in which], dim=1)
     sigma = torch.stack([points[at][1] for at in which], dim=1)
     tensors = {"latents": result.half(), "x": x.half(), "sigma": sigma.float()}

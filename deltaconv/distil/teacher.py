@@ -1,6 +1,6 @@
 """What distillation needs of its host: a diffusion model whose attention can be looked into."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -69,17 +69,19 @@ def sample(
     cfg: float = 4.0,
     visit: Visit | None = None,
     points: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    progress: Callable[[int], None] = lambda step: None,
 ) -> torch.Tensor:
     """noise [B, C, H, W] → latents [B, C, H, W] by Euler steps in sigma (DDIM for an ε-model).
 
-    Steps are uniform in position. `points` collects (x, sigma [B]) at which the model was called.
+    Steps are uniform in position. `points` collects (x, sigma [B]) at which the model was called;
+    `progress` hears of every step done.
     """
     edges = torch.arange(steps, dtype=torch.float64) / steps + 0.5 / max(steps, 500)
     levels = [float(teacher.sigmas(edge[None])[0]) for edge in edges] + [0.0]
     x = noise.to(teacher.device)
     batch = len(x)
     x = teacher.noised(torch.zeros_like(x), x, torch.full((batch,), levels[0], device=x.device))
-    for level, following in pairwise(levels):
+    for step, (level, following) in enumerate(pairwise(levels)):
         sigma = torch.full((batch,), level, device=x.device)
         if points is not None:
             points.append((x, sigma))
@@ -88,4 +90,5 @@ def sample(
             free = teacher.predict(x, sigma, [unconditional] * batch, visit)
             eps = free + cfg * (eps - free)
         x = x + (following - level) * eps
+        progress(step + 1)
     return x
