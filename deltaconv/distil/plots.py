@@ -53,6 +53,7 @@ def loss_curve(losses: Sequence[tuple[str, float]]) -> Image.Image | None:
         return None
     figure = Figure(figsize=(6.6, 2.4), dpi=100, layout="constrained")
     axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for stage in dict.fromkeys(stage for _, stage, _ in finite):
         points = [(step, loss) for step, name, loss in finite if name == stage]
         axes.plot(*zip(*points, strict=True), label=stage, linewidth=1)
