@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..kernels.benchmark.measure import synchronize
+from .memory import is_out_of_memory
+
 # Seconds of timing that a device is given in one process; the key that spends the last is finished.
 BUDGET = 2.0
 # Calls shorter than this are repeated.
@@ -127,10 +130,7 @@ def _seconds(device: torch.device, call: Callable[[], object]) -> float:
     try:
         return seconds(device, call)
     except (RuntimeError, MemoryError) as error:
-        # By their words where torch has no type for it: CPUs (Linux, Windows) and Apple's GPUs.
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        typed = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-        if typed or any(word in str(error) for word in words):
+        if is_out_of_memory(error):
             return math.inf
         raise
 
@@ -142,12 +142,3 @@ def seconds(device: torch.device, call: Callable[[], object]) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for this device, which need not be the current one; a CPU has nothing to wait for."""
-    if device.type == "mps":
-        # There is one, and its function takes no argument.
-        torch.mps.synchronize()
-    elif device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.benchmark.measure import extra_memory, once, summary
+from .memory import is_out_of_memory
 
 LARGEST_SIDE = 16384
 MOST_SIZES = 16
@@ -95,14 +96,6 @@ def latent_size(size: Size, cell: int, multiple: int = 1) -> tuple[int, int]:
     return size[1] // cell, size[0] // cell
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a call failed for want of memory, whoever says so: the device, ComfyUI or the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
-
-
 def measure(
     result: SizeTimes,
     calls: Mapping[Contender, Callable[[], torch.Tensor]],
@@ -126,7 +119,7 @@ def measure(
         try:
             return take()
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             result.problems[name] = "out of memory"
         # Behind the except block, so that no traceback holds the failed call's tensors.

@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..deltaconv import DeltaConvBlock
 from ..deltaconv.families import FAMILIES
-from ..deltaconv.step_times import out_of_memory
+from ..deltaconv.memory import is_out_of_memory
 from ..deltaconv.weights import weights_of_blocks
 from ..kernels.benchmark.measure import once, summary
 from ..nodes.application import Application
@@ -139,7 +139,7 @@ def _warm_up(name: str, steps: dict, outputs: dict, entry: dict, device: torch.d
         if device.type == "cuda":
             entry["memory"][name] = torch.cuda.max_memory_allocated(device)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         entry["left_out"][name] = "out of memory"
         del steps[name]

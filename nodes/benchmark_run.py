@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..deltaconv import DeltaConvWeights
 from ..deltaconv.fit import check_fit
+from ..deltaconv.memory import is_out_of_memory
 from ..deltaconv.report import native_latent
 from ..deltaconv.step_times import (
     CONTENDERS,
@@ -21,7 +22,6 @@ from ..deltaconv.step_times import (
     SizeTimes,
     latent_size,
     measure,
-    out_of_memory,
 )
 from ..kernels.accuracy import Case
 from ..kernels.selftest import device_name, implementation_of
@@ -88,7 +88,7 @@ def _at_size(guider, steps: "Steps", shape: tuple[int, ...]) -> SizeTimes:
         guider.sample(noise, torch.zeros(shape), steps, torch.tensor([float(sigma)]), seed=0)
     except (RuntimeError, MemoryError) as error:
         # Already the weights and the input were too much.
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         left = set(CONTENDERS) - set(steps.result.times)
         steps.result.problems |= dict.fromkeys(left, "out of memory")

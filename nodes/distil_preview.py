@@ -11,7 +11,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..deltaconv.distil import Dataset, Record, sample
 from ..deltaconv.distil.plots import progress_picture
-from ..deltaconv.distil.record import is_out_of_memory
+from ..deltaconv.memory import is_out_of_memory
 
 _STEPS = 12
 _MOST = 2

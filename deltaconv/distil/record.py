@@ -71,9 +71,3 @@ def memory_in_use(device: torch.device) -> int | None:
     except ImportError:
         return None
     return psutil.Process().memory_info().rss
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU's allocator, ran out of memory."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from ..block import DeltaConvBlock
+from ..memory import is_out_of_memory
 from .data import Batch, Dataset, draw
 from .informed import initialise, refit
-from .record import Record, is_out_of_memory, memory_in_use
+from .record import Record, memory_in_use
 from .replay import replay_of
 from .settings import DistilError, DistilSettings, StageSettings, new_blocks, read_plan
 from .stages import LayerLosses, joint_losses

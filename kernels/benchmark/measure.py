@@ -11,8 +11,9 @@ SAMPLE_SECONDS = 0.003
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait for this device, which need not be the current one; a CPU has nothing to wait for."""
     if device.type == "mps":
+        # There is one, and its function takes no argument.
         torch.mps.synchronize()
     elif device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
