@@ -7,30 +7,36 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ..kernels import GATES, gated_pyramid, pyramid_projection
-from .layout import canonical_tensor, check_geometry, default_scales, read_geometry
+from ..kernels import GATES, Biases, gated_pyramid, pyramid_projection
+from .layout import check_geometry, complete_state, default_scales, read_geometry
 
 
 class DepthwiseKernel(nn.Module):
-    """A bare depthwise kernel [k, k, h], the layout in which it is published and used."""
+    """A bare depthwise kernel [k, k, h], as it is published and used, and perhaps its bias [h]."""
 
-    def __init__(self, kernel_size: int, channels: int, *, dtype=None, device=None):
+    def __init__(
+        self, kernel_size: int, channels: int, bias: bool = False, *, dtype=None, device=None
+    ):
         super().__init__()
         shape = (kernel_size, kernel_size, channels)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         bound = 1 / kernel_size
         nn.init.uniform_(self.weight, -bound, bound)
+        zeros = torch.zeros(channels, dtype=dtype, device=device) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros)
 
     def extra_repr(self) -> str:
-        return "×".join(map(str, self.weight.shape))
+        return "×".join(map(str, self.weight.shape)) + ("" if self.bias is None else ", bias")
 
 
 class Gate(nn.Module):
     """One scale of the pyramid; it exists to carry the published tensor name."""
 
-    def __init__(self, kernel_size: int, channels: int, *, dtype=None, device=None):
+    def __init__(
+        self, kernel_size: int, channels: int, bias: bool = False, *, dtype=None, device=None
+    ):
         super().__init__()
-        self.conv_spatial = DepthwiseKernel(kernel_size, channels, dtype=dtype, device=device)
+        self.conv_spatial = DepthwiseKernel(kernel_size, channels, bias, dtype=dtype, device=device)
 
 
 @contextmanager
@@ -53,9 +59,10 @@ class DeltaConvBlock(nn.Module):
     """x [B, H, W, C] → [B, H, W, C], in place of a whole self-attention layer.
 
     `dim` is C, a multiple of 4; `kernel_size` is odd; `scales` are fractions of H × W; `gate` is
-    "scaled" (SD1.5, SDXL) or "sigmoid" (PixArt). `operations` supplies `Linear`: torch.nn, or the
-    host's own that casts its weights, and `lend` where a host can lend them to one fused op; see
-    `lend_plain`. Raises ValueError for geometry that cannot be.
+    "scaled" (SD1.5, SDXL) or "sigmoid" (PixArt). `biased` are the scales, by index, whose depthwise
+    convolution has a bias, as the authors' first release has it. `operations` supplies `Linear`:
+    torch.nn, or the host's own that casts its weights, and `lend` where a host can lend them to one
+    fused op; see `lend_plain`. Raises ValueError for geometry that cannot be.
 
     y = conv_out(pyramid(conv_up(x))) + conv_pool(mean of x over H, W); source: arXiv 2504.21292.
     """
@@ -67,6 +74,7 @@ class DeltaConvBlock(nn.Module):
         scales: Sequence[float] = (1.0, 0.5),
         gate: str = "scaled",
         *,
+        biased: Sequence[int] = (),
         operations: ModuleType | type = nn,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -77,15 +85,21 @@ class DeltaConvBlock(nn.Module):
             problems.append(f"scales must be one or more fractions in (0, 1], got {scales=}")
         if gate not in GATES:
             problems.append(f"gate must be one of {GATES}, got {gate=}")
+        if not all(level in range(len(scales)) for level in biased):
+            problems.append(f"biased must be indices of {scales=}, got {biased=}")
         if problems:
             raise ValueError("This ΔConvBlock cannot be: " + "; ".join(problems) + ".")
         self.dim, self.kernel_size = dim, kernel_size
         self.scales, self.gate = tuple(map(float, scales)), gate
+        self.biased = tuple(sorted(set(biased)))
         self._lend = getattr(operations, "lend", lend_plain)
         inner = dim // 2
         factory = {"dtype": dtype, "device": device}
         self.conv_up = operations.Linear(dim, inner, **factory)
-        self.gates = nn.ModuleList(Gate(kernel_size, inner, **factory) for _ in scales)
+        self.gates = nn.ModuleList(
+            Gate(kernel_size, inner, level in self.biased, **factory)
+            for level in range(len(scales))
+        )
         self.conv_out = operations.Linear(inner // 2 * len(scales), dim, **factory)
         self.conv_pool = operations.Linear(dim, dim, **factory)
 
@@ -102,15 +116,16 @@ class DeltaConvBlock(nn.Module):
 
         `state` has the published names in any of the published layouts; dim, kernel and number of
         scales are read off the tensors. `scales` default to 1, 1/2, 1/3, as many as there are.
+        Without `conv_up.bias` it is zero; a depthwise bias of zeros is none.
         Raises ValueError that lists every missing, surplus and misshapen tensor.
         """
-        geometry = read_geometry({name: tensor.shape for name, tensor in state.items()})
+        tensors = complete_state({name: tensor.detach() for name, tensor in state.items()})
+        geometry = read_geometry({name: tensor.shape for name, tensor in tensors.items()})
         scales = default_scales(geometry.num_scales) if scales is None else tuple(scales)
         if len(scales) != geometry.num_scales:
             raise ValueError(f"Expected {geometry.num_scales} scales, one per gate, got {scales=}.")
         shape = (geometry.dim, geometry.kernel_size, scales, gate)
-        block = cls(*shape, operations=operations, device="meta")
-        tensors = {name: canonical_tensor(name, tensor.detach()) for name, tensor in state.items()}
+        block = cls(*shape, biased=geometry.biased, operations=operations, device="meta")
         # Assigned, not copied into place: the host's modules may hold no weight before they load.
         block.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
         return block
@@ -118,15 +133,25 @@ class DeltaConvBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, W, C] → [B, H, W, C], any B, H, W ≥ 1."""
         u = self.conv_up(x)
-        # Bare parameters follow the activations, as the host's own modules cast theirs.
-        kernels = [gate.conv_spatial.weight.to(u) for gate in self.gates]
+        kernels, biases = self.depthwise_like(u)
         with self._lend((self.conv_out, self.conv_pool), u) as linear:
             if linear is not None:
-                return pyramid_projection(x, u, kernels, self.scales, self.gate, *linear)
-        pyramid = gated_pyramid(u, kernels, self.scales, self.gate)
+                return pyramid_projection(x, u, kernels, self.scales, self.gate, *linear, biases)
+        pyramid = gated_pyramid(u, kernels, self.scales, self.gate, biases)
         context = self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
         return self.conv_out(pyramid) + context
 
+    def depthwise_like(self, u: torch.Tensor) -> tuple[list[torch.Tensor], Biases]:
+        """Every scale's kernel [k, k, h], and bias [h] or None, in the dtype and place of u."""
+        # Bare parameters follow the activations, as the host's own modules cast theirs.
+        kernels = [gate.conv_spatial.weight.to(u) for gate in self.gates]
+        if not self.biased:
+            return kernels, ()
+        biases = [gate.conv_spatial.bias for gate in self.gates]
+        return kernels, [None if bias is None else bias.to(u) for bias in biases]
+
     def extra_repr(self) -> str:
         scales = ", ".join(f"{scale:.3g}" for scale in self.scales)
-        return f"{self.dim}, kernel_size={self.kernel_size}, scales=({scales}), gate={self.gate}"
+        biased = f", biased={self.biased}" if self.biased else ""
+        shape = f"{self.dim}, kernel_size={self.kernel_size}, scales=({scales})"
+        return f"{shape}, gate={self.gate}{biased}"

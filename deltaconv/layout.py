@@ -10,16 +10,23 @@ import torch
 SCALES_BY_COUNT = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 1 / 3)}
 
 _DEPTHWISE = re.compile(r"gates\.(\d+)\.conv_spatial\.weight")
+_DEPTHWISE_BIAS = re.compile(r"gates\.(\d+)\.conv_spatial\.bias")
+# Tensors that may be missing, and are zero then; the depthwise biases are the others.
+_OPTIONAL = {"conv_up.bias"}
 _LINEARS = ("conv_up", "conv_out", "conv_pool")
 
 
 @dataclass(frozen=True)
 class BlockGeometry:
-    """What the tensors of a block say about it: dim C, kernel k, number of scales S."""
+    """What the tensors of a block say about it: dim C, kernel k, number of scales S.
+
+    `biased` are the scales, by index, whose depthwise convolution has a bias.
+    """
 
     dim: int
     kernel_size: int
     num_scales: int
+    biased: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -32,6 +39,8 @@ class BlockGeometry:
         shapes = {"conv_up.weight": (h, c), "conv_up.bias": (h,)}
         for scale in range(self.num_scales):
             shapes[f"gates.{scale}.conv_spatial.weight"] = (k, k, h)
+            if scale in self.biased:
+                shapes[f"gates.{scale}.conv_spatial.bias"] = (h,)
         shapes["conv_out.weight"] = (c, h // 2 * self.num_scales)
         shapes["conv_out.bias"] = (c,)
         shapes["conv_pool.weight"] = (c, c)
@@ -72,7 +81,8 @@ def canonical_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def read_geometry(shapes: Mapping[str, Sequence[int]]) -> BlockGeometry:
     """Published names and shapes of one block, in any layout → its geometry.
 
-    Raises ValueError with every missing, surplus and misshapen tensor in one message.
+    `conv_up.bias` and depthwise biases may be missing. Raises ValueError with every missing,
+    surplus and misshapen tensor in one message.
     """
     shapes = {name: canonical_shape(name, shape) for name, shape in shapes.items()}
     scales = [int(match[1]) for match in map(_DEPTHWISE.fullmatch, shapes) if match]
@@ -83,20 +93,37 @@ def read_geometry(shapes: Mapping[str, Sequence[int]]) -> BlockGeometry:
     kernel_size = _first(shapes, ((name, 0) for name in depthwise))
     problems = check_geometry(dim, kernel_size) if dim and kernel_size else []
 
-    geometry = BlockGeometry(dim or 0, kernel_size or 0, num_scales)
+    biased = sorted({int(match[1]) for match in map(_DEPTHWISE_BIAS.fullmatch, shapes) if match})
+    biased = tuple(scale for scale in biased if scale < num_scales)
+    geometry = BlockGeometry(dim or 0, kernel_size or 0, num_scales, biased)
     expected = geometry.shapes()
-    if missing := sorted(expected.keys() - shapes.keys()):
+    if missing := sorted(expected.keys() - shapes.keys() - _OPTIONAL):
         problems.append(f"missing: {', '.join(missing)}")
     if surplus := sorted(shapes.keys() - expected.keys()):
         problems.append(f"not part of a block: {', '.join(surplus)}")
     if not problems:
         for name, shape in expected.items():
-            if shapes[name] != shape:
+            if shapes.get(name, shape) != shape:
                 reason = " (one kernel size per block)" if name in depthwise else ""
                 problems.append(f"{name} is {list(shapes[name])}, expected {list(shape)}{reason}")
     if problems:
         raise ValueError("These tensors do not make a ΔConvBlock: " + "; ".join(problems) + ".")
     return geometry
+
+
+def complete_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State in any published layout → the published one, as a block with these tensors has it.
+
+    A missing `conv_up.bias` becomes zeros, a depthwise bias of zeros is left out: both mean the
+    same. Raises ValueError as `read_geometry` does.
+    """
+    read_geometry({name: tensor.shape for name, tensor in state.items()})
+    full = {name: canonical_tensor(name, tensor) for name, tensor in state.items()}
+    if "conv_up.bias" not in full:
+        weight = full["conv_up.weight"]
+        full["conv_up.bias"] = weight.new_zeros(weight.shape[0])
+    idle = {name for name in full if _DEPTHWISE_BIAS.fullmatch(name) and not full[name].any()}
+    return {name: tensor for name, tensor in full.items() if name not in idle}
 
 
 def default_scales(num_scales: int) -> tuple[float, ...]:

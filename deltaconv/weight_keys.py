@@ -15,7 +15,7 @@ _PUBLISHED_KEY = re.compile(
 )
 _OWN_KEY = re.compile(
     r"(?P<site>.+)\.(?:(?P<linear>conv_up|conv_out|conv_pool)\.(?:weight|bias)"
-    r"|gates\.\d+\.conv_spatial\.weight)"
+    r"|gates\.\d+\.conv_spatial\.(?:weight|bias))"
 )
 
 

@@ -3,6 +3,7 @@
 from .dispatch import gated_pyramid, pyramid_projection
 from .gated_pyramid import (
     GATES,
+    Biases,
     gated_pyramid_definition,
     pooled_size,
     pyramid_projection_definition,
@@ -10,6 +11,7 @@ from .gated_pyramid import (
 
 __all__ = [
     "GATES",
+    "Biases",
     "gated_pyramid",
     "gated_pyramid_definition",
     "pooled_size",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .dispatch import gated_pyramid, pyramid_projection
-from .gated_pyramid import gated_pyramid_definition, pyramid_projection_definition
+from .gated_pyramid import Biases, gated_pyramid_definition, pyramid_projection_definition
 
 
 class Case(NamedTuple):
@@ -22,6 +22,8 @@ class Case(NamedTuple):
     kernel_size: int
     scales: tuple[float, ...] = (1.0, 0.5)
     gate: str = "scaled"
+    # Levels whose depthwise convolution has a bias.
+    biased: tuple[int, ...] = ()
 
 
 class Error(NamedTuple):
@@ -60,7 +62,7 @@ def distance(value: torch.Tensor, exact: torch.Tensor) -> Error:
 def make_inputs(
     case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> list[torch.Tensor]:
-    """x, u, out_weight, out_bias, pool_weight, pool_bias, then one kernel [k, k, h] per scale.
+    """x, u, out_weight, out_bias, pool_weight, pool_bias, one kernel [k, k, h] per scale, biases.
 
     Sized so that activations stay near 1, as behind a norm and in a trained block.
     """
@@ -80,13 +82,29 @@ def make_inputs(
         *(normal(dim, wide, fan=wide), normal(dim)),
         *(normal(dim, dim, fan=dim), normal(dim)),
         *kernels,
+        *(normal(inner) / gain for _ in case.biased),
     ]
 
 
 def project(case: Case, inputs: list[torch.Tensor], op=pyramid_projection) -> torch.Tensor:
     """`op` with the signature of `pyramid_projection` on what `make_inputs` gave."""
     x, u, *linear = inputs[:6]
-    return op(x, u, inputs[6:], case.scales, case.gate, *linear)
+    kernels, biases = kernels_of(case, inputs)
+    return op(x, u, kernels, case.scales, case.gate, *linear, biases)
+
+
+def pyramid(case: Case, inputs: list[torch.Tensor], op=gated_pyramid) -> torch.Tensor:
+    """`op` with the signature of `gated_pyramid` on what `make_inputs` gave."""
+    kernels, biases = kernels_of(case, inputs)
+    return op(inputs[1], kernels, case.scales, case.gate, biases)
+
+
+def kernels_of(case: Case, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], Biases]:
+    """The kernels and, by level, the biases among what `make_inputs` gave."""
+    behind = 6 + len(case.scales)
+    biases = dict(zip(case.biased, inputs[behind:], strict=True))
+    by_level = tuple(biases.get(level) for level in range(len(case.scales)))
+    return inputs[6:behind], by_level if biases else ()
 
 
 def exactly(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -98,15 +116,14 @@ def forward_errors(case: Case, dtype: torch.dtype, device: str) -> list[tuple[st
     """(name, error of the public op, torch's own error) of the pyramid and of the projection."""
     inputs = make_inputs(case, dtype, device)
     with torch.no_grad():
-        u, kernels = inputs[1], inputs[6:]
         exact = exactly(inputs)
-        pyramid = gated_pyramid_definition(exact[1], exact[6:], case.scales, case.gate)
+        gated = pyramid(case, exact, gated_pyramid_definition)
         whole = project(case, exact, pyramid_projection_definition)
         return [
             (
                 "pyramid",
-                distance(gated_pyramid(u, kernels, case.scales, case.gate), pyramid),
-                distance(gated_pyramid_definition(u, kernels, case.scales, case.gate), pyramid),
+                distance(pyramid(case, inputs, gated_pyramid), gated),
+                distance(pyramid(case, inputs, gated_pyramid_definition), gated),
             ),
             (
                 "block",
@@ -133,6 +150,7 @@ def gradient_errors(case: Case, dtype: torch.dtype, device: str) -> list[tuple[s
     ours = gradients(inputs, upstream, pyramid_projection)
     own = gradients(inputs, upstream, pyramid_projection_definition)
     names = [*NAMES, *(f"kernel {level}" for level in range(len(case.scales)))]
+    names += [f"bias {level}" for level in case.biased]
     return [
         (name, distance(a, e), distance(b, e))
         for name, a, b, e in zip(names, ours, own, exact, strict=True)

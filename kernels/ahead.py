@@ -24,6 +24,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 # One case per tile and kernel size; sizes alone do not make another compilation.
 CASES = {
     "SD1.5 level 0, k 7": Case(2, 64, 64, 320, 7),
+    "SD1.5 level 0, k 7, biases": Case(2, 64, 64, 320, 7, biased=(0, 1)),
     "SD1.5 level 0 at 2048², k 11": Case(2, 256, 256, 320, 11),
     "SD1.5 level 2, k 5": Case(2, 16, 16, 1280, 5),
     "SD1.5 middle, k 3": Case(2, 8, 8, 1280, 3),
@@ -56,6 +57,8 @@ def compiled_for(launch, dtype: torch.dtype, target: str):
     signature, constants, attributes = {}, dict(launch.constants), {}
     for name in pointers:
         signature[name] = "*fp32" if name in _FP32 else f"*{_NAMES[dtype]}"
+        if name.startswith("bias") and not launch.constants.get("BIASED"):
+            signature[name], constants[name] = "constexpr", None
     for name, number in zip(names[len(pointers) :], launch.numbers, strict=False):
         signature[name] = "fp32" if isinstance(number, float) else "i32"
     for name in launch.constants:
@@ -114,7 +117,8 @@ def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None
     from .fused.plan import Shape, plan_forward
 
     sizes = (case.batch, case.height, case.width, case.dim // 2, case.kernel_size)
-    shape = Shape(*sizes, case.scales, case.gate, dtype, torch.device("cpu"))
+    biased = sum(1 << level for level in case.biased)
+    shape = Shape(*sizes, case.scales, case.gate, dtype, torch.device("cpu"), biased)
     forward = plan_forward(shape, case.dim, dtype, shared)
     yield from (forward.pool, forward.convolve, forward.upsample)
     if forward.project:

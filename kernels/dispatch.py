@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from . import torch_forms
-from .gated_pyramid import GATES
+from .gated_pyramid import GATES, Biases
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_KERNEL = 17
@@ -148,16 +148,20 @@ def _records_gradient(*tensors: torch.Tensor) -> bool:
 
 
 def gated_pyramid(
-    u: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[float], gate: str
+    u: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    gate: str,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """u [B, H, W, h], one kernel [k, k, h] per scale → [B, H, W, len(scales) · h/2].
 
     Depthwise convolution and gate over all scales, with pooling and upsampling; see
-    `gated_pyramid_definition`. Differentiable in u and the kernels.
+    `gated_pyramid_definition`. `biases` has one [h] or None per scale, or nothing at all.
+    Differentiable in u, kernels and biases.
     """
-    check(u, weights, scales, gate)
-    arguments = (u, weights, scales, gate)
-    return _call("gated_pyramid", arguments, u, weights, scales, (u, *weights))
+    check(u, weights, scales, gate, biases)
+    return _call("gated_pyramid", (u,), weights, scales, gate, (), biases)
 
 
 def pyramid_projection(
@@ -170,6 +174,7 @@ def pyramid_projection(
     out_bias: torch.Tensor,
     pool_weight: torch.Tensor,
     pool_bias: torch.Tensor,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C]: a block behind its first projection.
 
@@ -178,18 +183,20 @@ def pyramid_projection(
     every tensor; the gradient is computed from x and u alone, nothing else is kept.
     """
     linear = (out_weight, out_bias, pool_weight, pool_bias)
-    check(u, weights, scales, gate, x, linear)
+    check(u, weights, scales, gate, biases, x, linear)
     # Compared first: `to` takes the host longer where there is nothing to do.
     dtype = u.dtype
     linear = tuple([t if t.dtype == dtype else t.to(dtype) for t in linear])
-    arguments = (x, u, weights, scales, gate, *linear)
-    return _call("pyramid_projection", arguments, u, weights, scales, (x, u, *weights, *linear))
+    return _call("pyramid_projection", (x, u), weights, scales, gate, linear, biases)
 
 
-def _call(op: str, arguments: tuple, u, weights, scales, tensors) -> torch.Tensor:
+def _call(op: str, maps: tuple, weights, scales, gate, linear: tuple, biases) -> torch.Tensor:
+    """The op on its maps (the last is u), recorded, compiled or neither."""
+    present, biased = pack(biases)
     if not torch.compiler.is_compiling():
-        request = request_of(u, weights, scales)
-        if not _records_gradient(*tensors):
+        arguments = (*maps, weights, scales, gate, *linear, biases if biased else ())
+        request = request_of(maps[-1], weights, scales)
+        if not _records_gradient(*maps, *weights, *linear, *present):
             return run(op, request, *arguments)
         if not uses_triton(request, forced()):
             return getattr(torch_forms, op)(*arguments)
@@ -199,7 +206,23 @@ def _call(op: str, arguments: tuple, u, weights, scales, tensors) -> torch.Tenso
     # Imported here: telling torch of its operators is a third of the pack's import time.
     from . import operators
 
-    return getattr(operators, op)(*arguments)
+    return getattr(operators, op)(*maps, weights, scales, gate, *linear, present, biased)
+
+
+def pack(biases: Biases) -> tuple[list[torch.Tensor], int]:
+    """The biases that are there, and a bit for every scale that has one."""
+    if not biases:
+        return [], 0
+    present = [bias for bias in biases if bias is not None]
+    return present, sum(1 << level for level, bias in enumerate(biases) if bias is not None)
+
+
+def unpack(present: Sequence[torch.Tensor], biased: int, levels: int) -> Biases:
+    """The inverse of `pack`; () where no scale has a bias."""
+    if not biased:
+        return ()
+    rest = iter(present)
+    return tuple([next(rest) if biased >> level & 1 else None for level in range(levels)])
 
 
 def check(
@@ -207,6 +230,7 @@ def check(
     weights: Sequence[torch.Tensor],
     scales,
     gate: str,
+    biases: Biases = (),
     x: torch.Tensor | None = None,
     linear: Sequence[torch.Tensor] = (),
 ) -> None:
@@ -222,6 +246,13 @@ def check(
     for weight in weights:
         if weight.shape != expected or weight.dtype != dtype or weight.device != device:
             fit = False
+    if biases and fit:
+        fit = len(biases) == len(scales)
+        for bias in biases:
+            if bias is not None and (
+                bias.shape != expected[2:] or bias.dtype != dtype or bias.device != device
+            ):
+                fit = False
     if fit and x is not None:
         for tensor, shape in zip((x, *linear), _projection_shapes(u, x, len(scales)), strict=True):
             if tensor.shape != shape or tensor.device != device:
@@ -243,6 +274,16 @@ def check(
             problems.append(
                 f"expected a kernel in {dtype} on {device}, got {weight.dtype} on "
                 f"{weight.device}; cast it first"
+            )
+    if biases and len(biases) != len(scales):
+        problems.append(f"expected one bias or None per scale, got {len(biases)} for {scales=}")
+    for bias in biases:
+        if bias is not None and bias.shape != expected[2:]:
+            problems.append(f"biases must be {list(expected[2:])}, got {list(bias.shape)}")
+        if bias is not None and (bias.dtype != dtype or bias.device != device):
+            problems.append(
+                f"expected a bias in {dtype} on {device}, got {bias.dtype} on {bias.device}; "
+                "cast it first"
             )
     if x is not None and u.ndim == 4:
         shapes = _projection_shapes(u, x, len(scales))

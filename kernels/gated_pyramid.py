@@ -7,6 +7,9 @@ import torch.nn.functional as F
 
 GATES = ("scaled", "sigmoid")
 
+# The depthwise bias [h] of every scale, None where a scale has none; () where no scale has one.
+Biases = Sequence[torch.Tensor | None]
+
 
 def pooled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """Size of a map at `scale`, rounded down as published; never below 1 × 1."""
@@ -27,21 +30,27 @@ def apply_gate(v: torch.Tensor, gate: str) -> torch.Tensor:
 
 
 def gated_pyramid_definition(
-    u: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[float], gate: str
+    u: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    gate: str,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """u [B, H, W, h], one depthwise kernel [k, k, h] per scale → [B, H, W, len(scales) · h/2].
 
-    Each scale pools u to its size, convolves every channel alone (zero padding), gates one half of
-    the channels with the other, and is brought back to H × W bilinearly; the scales are
-    concatenated. Source: arXiv 2504.21292, the pyramid of gated convolutions.
+    Each scale pools u to its size, convolves every channel alone (zero padding), adds its bias [h]
+    if it has one, gates one half of the channels with the other, and is brought back to H × W
+    bilinearly; the scales are concatenated. `biases` has an entry per scale, or none at all.
+    Source: arXiv 2504.21292, the pyramid of gated convolutions.
     """
     height, width = u.shape[1:3]
     x = u.movedim(-1, 1)
     pyramid = []
-    for weight, scale in zip(weights, scales, strict=True):
+    biases = biases or (None,) * len(scales)
+    for weight, bias, scale in zip(weights, biases, scales, strict=True):
         v = x if scale == 1 else F.adaptive_avg_pool2d(x, pooled_size(height, width, scale))
         kernel = weight.permute(2, 0, 1).unsqueeze(1)
-        v = F.conv2d(v, kernel, padding=weight.shape[0] // 2, groups=u.shape[-1])
+        v = F.conv2d(v, kernel, bias, padding=weight.shape[0] // 2, groups=u.shape[-1])
         v = apply_gate(v, gate)
         if scale != 1:
             v = F.interpolate(v, (height, width), mode="bilinear", align_corners=False)
@@ -59,12 +68,13 @@ def pyramid_projection_definition(
     out_bias: torch.Tensor,
     pool_weight: torch.Tensor,
     pool_bias: torch.Tensor,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C].
 
     The gated pyramid of u through `out` [C, S · h/2], plus the mean of x over H, W through `pool`
-    [C, C]. `weights` are the pyramid's kernels [k, k, h].
+    [C, C]. `weights` are the pyramid's kernels [k, k, h], `biases` theirs [h].
     """
-    pyramid = gated_pyramid_definition(u, weights, scales, gate)
+    pyramid = gated_pyramid_definition(u, weights, scales, gate, biases)
     context = F.linear(x.mean(dim=(1, 2), keepdim=True), pool_weight, pool_bias)
     return F.linear(pyramid, out_weight, out_bias) + context

@@ -12,48 +12,58 @@ from . import dispatch
 
 class _Pyramid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scales, gate, u, *weights):
-        ctx.scales, ctx.gate = scales, gate
-        ctx.save_for_backward(u, *weights)
+    def forward(ctx, scales, gate, biased, u, *kernels):
+        ctx.scales, ctx.gate, ctx.biased = scales, gate, biased
+        ctx.save_for_backward(u, *kernels)
+        weights, biases = _split(kernels, biased, len(scales))
         request = dispatch.request_of(u, weights, scales)
-        return dispatch.run("gated_pyramid", request, u, weights, scales, gate)
+        return dispatch.run("gated_pyramid", request, u, weights, scales, gate, biases)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        u, *weights = ctx.saved_tensors
+        u, *kernels = ctx.saved_tensors
+        weights, biases = _split(kernels, ctx.biased, len(ctx.scales))
         request = dispatch.request_of(u, weights, ctx.scales)
-        arguments = (gradient, u, weights, ctx.scales, ctx.gate)
-        return None, None, *dispatch.run("gated_pyramid_backward", request, *arguments)
+        arguments = (gradient, u, weights, ctx.scales, ctx.gate, biases)
+        return None, None, None, *dispatch.run("gated_pyramid_backward", request, *arguments)
 
 
 class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scales, gate, x, u, out_weight, out_bias, pool_weight, pool_bias, *weights):
-        ctx.scales, ctx.gate = scales, gate
-        linear = (out_weight, out_bias, pool_weight, pool_bias)
-        ctx.save_for_backward(x, u, *linear, *weights)
+    def forward(ctx, scales, gate, biased, x, u, *tensors):
+        ctx.scales, ctx.gate, ctx.biased = scales, gate, biased
+        ctx.save_for_backward(x, u, *tensors)
+        linear, (weights, biases) = tensors[:4], _split(tensors[4:], biased, len(scales))
         request = dispatch.request_of(u, weights, scales)
-        arguments = (x, u, weights, scales, gate, *linear)
+        arguments = (x, u, weights, scales, gate, *linear, biases)
         return dispatch.run("pyramid_projection", request, *arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, u, *tensors = ctx.saved_tensors
-        linear, weights = tensors[:4], tensors[4:]
+        linear, (weights, biases) = tensors[:4], _split(tensors[4:], ctx.biased, len(ctx.scales))
         request = dispatch.request_of(u, weights, ctx.scales)
-        arguments = (gradient, x, u, weights, ctx.scales, ctx.gate, *linear)
+        arguments = (gradient, x, u, weights, ctx.scales, ctx.gate, *linear, biases)
         to_mean, *rest = dispatch.run("pyramid_projection_backward", request, *arguments)
         to_x = (to_mean / (x.shape[1] * x.shape[2])).expand_as(x)
-        return None, None, to_x, *rest
+        return None, None, None, to_x, *rest
 
 
-def gated_pyramid(u, weights, scales, gate):
+def _split(kernels, biased: int, levels: int):
+    """Kernels of all levels, then the biases that are there → kernels, biases by level."""
+    return kernels[:levels], dispatch.unpack(kernels[levels:], biased, levels)
+
+
+def gated_pyramid(u, weights, scales, gate, biases):
     """u [B, H, W, h] → [B, H, W, S · h/2]."""
-    return _Pyramid.apply(scales, gate, u, *weights)
+    present, biased = dispatch.pack(biases)
+    return _Pyramid.apply(scales, gate, biased, u, *weights, *present)
 
 
-def pyramid_projection(x, u, weights, scales, gate, *linear):
+def pyramid_projection(x, u, weights, scales, gate, *linear_and_biases):
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C]."""
-    return _Projection.apply(scales, gate, x, u, *linear, *weights)
+    *linear, biases = linear_and_biases
+    present, biased = dispatch.pack(biases)
+    return _Projection.apply(scales, gate, biased, x, u, *linear, *weights, *present)

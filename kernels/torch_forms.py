@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .gated_pyramid import apply_gate, pooled_size
+from .gated_pyramid import Biases, apply_gate, pooled_size
 
 
 def prefers_channels_last(device: torch.device, kernel_size: int) -> bool:
@@ -16,8 +16,10 @@ def prefers_channels_last(device: torch.device, kernel_size: int) -> bool:
     return device.type == "cpu" or kernel_size <= 7
 
 
-def depthwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [B, h, H, W], weight [k, k, h] → [B, h, H, W], zero padding, in the dtype of x."""
+def depthwise(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [B, h, H, W], weight [k, k, h], bias [h] → [B, h, H, W], zero padding, dtype of x."""
     k = weight.shape[0]
     kernel = weight.permute(2, 0, 1).unsqueeze(1)
     if not torch.is_grad_enabled():
@@ -27,11 +29,16 @@ def depthwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         # Without native 16-bit arithmetic the library falls back to a loop 100 times slower.
         x, kernel = x.float(), kernel.float()
-    return F.conv2d(x, kernel, padding=k // 2, groups=x.shape[1]).to(dtype)
+        bias = None if bias is None else bias.float()
+    return F.conv2d(x, kernel, bias, padding=k // 2, groups=x.shape[1]).to(dtype)
 
 
 def gated_pyramid(
-    u: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[float], gate: str
+    u: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    gate: str,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """u [B, H, W, h], kernels [k, k, h] → [B, H, W, S · h/2]; see `gated_pyramid_definition`."""
     height, width = u.shape[1:3]
@@ -41,9 +48,10 @@ def gated_pyramid(
     else:
         x = x.contiguous()
     pyramid = []
-    for weight, scale in zip(weights, scales, strict=True):
+    biases = biases or (None,) * len(scales)
+    for weight, bias, scale in zip(weights, biases, scales, strict=True):
         v = x if scale == 1 else F.adaptive_avg_pool2d(x, pooled_size(height, width, scale))
-        v = apply_gate(depthwise(v, weight), gate)
+        v = apply_gate(depthwise(v, weight, bias), gate)
         if scale != 1:
             v = F.interpolate(v, (height, width), mode="bilinear", align_corners=False)
         pyramid.append(v)
@@ -60,9 +68,10 @@ def pyramid_projection(
     out_bias: torch.Tensor,
     pool_weight: torch.Tensor,
     pool_bias: torch.Tensor,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C]; see `pyramid_projection_definition`."""
-    pyramid = gated_pyramid(u, weights, scales, gate)
+    pyramid = gated_pyramid(u, weights, scales, gate, biases)
     mean = x.mean(dim=(1, 2), keepdim=True).to(u.dtype)
     context = F.linear(mean, pool_weight, pool_bias)
     result = F.linear(pyramid, out_weight, out_bias)
@@ -75,9 +84,10 @@ def gated_pyramid_backward(
     weights: Sequence[torch.Tensor],
     scales: Sequence[float],
     gate: str,
+    biases: Biases = (),
     out: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, S · h/2] → gradients of u [B, H, W, h] and of every kernel [k, k, h].
+    """gradient [B, H, W, S · h/2] → gradients of u [B, H, W, h], every kernel [k, k, h], bias [h].
 
     All is computed again from u; `out`, if given, receives the pyramid on the way. Operators of
     torch's own backward are called by name: inside an operator, autograd is switched off.
@@ -85,11 +95,12 @@ def gated_pyramid_backward(
     aten, (height, width) = torch.ops.aten, u.shape[1:3]
     half, size = u.shape[3] // 2, (height, width)
     x, gradient = u.movedim(-1, 1), gradient.movedim(-1, 1)
-    to_x, to_weights = torch.zeros_like(x), []
-    for level, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+    to_x, to_weights, to_biases = torch.zeros_like(x), [], []
+    biases = biases or (None,) * len(scales)
+    for level, (weight, bias, scale) in enumerate(zip(weights, biases, scales, strict=True)):
         pooled = pooled_size(height, width, scale)
         v = x if scale == 1 else F.adaptive_avg_pool2d(x, pooled)
-        a, b = depthwise(v, weight).chunk(2, dim=1)
+        a, b = depthwise(v, weight, bias).chunk(2, dim=1)
         here = slice(level * half, (level + 1) * half)
         g = gradient[:, here]
         if out is not None:
@@ -105,20 +116,24 @@ def gated_pyramid_backward(
             to_v = torch.cat((g * b, g * a), dim=1) * half**0.5
         else:
             to_v = torch.cat((g * share, g * a * share * (1 - share)), dim=1)
-        to_v, to_weight = _depthwise_backward(to_v, v, weight)
+        to_v, to_weight, to_bias = _depthwise_backward(to_v, v, weight, bias is not None)
         to_weights.append(to_weight)
+        if bias is not None:
+            to_biases.append(to_bias)
         to_x += to_v if scale == 1 else aten._adaptive_avg_pool2d_backward(to_v, x)
-    return [to_x.movedim(1, -1).contiguous(), *to_weights]
+    return [to_x.movedim(1, -1).contiguous(), *to_weights, *to_biases]
 
 
-def _depthwise_backward(gradient, x, weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """gradient, x [B, h, H, W], weight [k, k, h] → gradients of x and weight."""
+def _depthwise_backward(gradient, x, weight, biased: bool) -> tuple[torch.Tensor, ...]:
+    """gradient, x [B, h, H, W], weight [k, k, h] → gradients of x, weight and, if any, bias [h]."""
     k, channels = weight.shape[0], x.shape[1]
     kernel = weight.permute(2, 0, 1).unsqueeze(1)
     # stride, padding, dilation, transposed, output padding, groups, which gradients
-    geometry = ([1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], channels, [True, True, False])
-    to_x, to_kernel, _ = torch.ops.aten.convolution_backward(gradient, x, kernel, None, *geometry)
-    return to_x, to_kernel[:, 0].permute(1, 2, 0).contiguous()
+    geometry = ([1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], channels, [True, True, biased])
+    to_x, to_kernel, to_bias = torch.ops.aten.convolution_backward(
+        gradient, x, kernel, [channels] if biased else None, *geometry
+    )
+    return to_x, to_kernel[:, 0].permute(1, 2, 0).contiguous(), to_bias
 
 
 def pyramid_projection_backward(
@@ -132,22 +147,25 @@ def pyramid_projection_backward(
     out_bias: torch.Tensor,
     pool_weight: torch.Tensor,
     pool_bias: torch.Tensor,
+    biases: Biases = (),
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, both projections, kernels."""
-    return projection_backward(
-        gated_pyramid_backward, gradient, x, u, weights, scales, gate, out_weight, pool_weight
-    )
+    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, both projections, kernels …
+
+    … and of every bias [h] that there is.
+    """
+    arguments = (gradient, x, u, weights, scales, gate, out_weight, pool_weight, biases)
+    return projection_backward(gated_pyramid_backward, *arguments)
 
 
 def projection_backward(
-    pyramid_backward, gradient, x, u, weights, scales, gate, out_weight, pool_weight
+    pyramid_backward, gradient, x, u, weights, scales, gate, out_weight, pool_weight, biases
 ) -> list[torch.Tensor]:
     """The matrix products around a pyramid's backward pass, whoever computes that."""
     batch, _, _, dim = x.shape
     rows = gradient.reshape(-1, dim)
     pyramid = torch.empty(*u.shape[:3], out_weight.shape[1], dtype=u.dtype, device=u.device)
     to_pyramid = (rows @ out_weight).view_as(pyramid)
-    to_u, *to_weights = pyramid_backward(to_pyramid, u, weights, scales, gate, pyramid)
+    to_u, *to_weights = pyramid_backward(to_pyramid, u, weights, scales, gate, biases, pyramid)
     to_out = rows.t() @ pyramid.view(len(rows), -1)
     # Sums over all positions, and the two small products of them, stay in fp32 at least.
     wide = torch.promote_types(u.dtype, torch.float32)

@@ -19,11 +19,20 @@ GOLDEN = (
     "three_scales",
     "small_kernel_bigger_than_map",
 )
+# Of the authors' releases: with biases of the depthwise convolutions, or without conv_up's.
+GOLDEN_BIAS = (
+    "bias_scaled",
+    "bias_sigmoid_odd",
+    "bias_three",
+    "bias_small_map",
+    "bias_no_up_bias",
+    "no_up_bias",
+)
 
 
 def golden_case(data, case):
     """meta, x, state and y of one golden case."""
-    path = data / "block.safetensors"
+    path = data / ("block_bias.safetensors" if case in GOLDEN_BIAS else "block.safetensors")
     with safe_open(path, framework="pt") as file:
         meta = json.loads(file.metadata()[case])
     tensors = load_file(path)
@@ -31,7 +40,7 @@ def golden_case(data, case):
     return meta, tensors[f"{case}.x"], state, tensors[f"{case}.y"]
 
 
-@pytest.mark.parametrize("case", GOLDEN)
+@pytest.mark.parametrize("case", GOLDEN + GOLDEN_BIAS)
 def test_block_meets_golden(data, case):
     meta, x, state, y = golden_case(data, case)
     block = DeltaConvBlock.from_state(state, gate=meta["gate"], scales=meta["scales"])
@@ -42,21 +51,22 @@ def test_block_meets_golden(data, case):
 
 
 def test_golden_cases_are_all_tested(data):
-    with safe_open(data / "block.safetensors", framework="pt") as file:
-        assert set(file.metadata()) == set(GOLDEN)
+    for name, cases in {"block": GOLDEN, "block_bias": GOLDEN_BIAS}.items():
+        with safe_open(data / f"{name}.safetensors", framework="pt") as file:
+            assert set(file.metadata()) == set(cases)
 
 
 def other_layout(state):
     """The same weights as 1 × 1 convolutions and [h, 1, k, k] kernels."""
     return {
         name: tensor.permute(2, 0, 1).unsqueeze(1)
-        if "conv_spatial" in name
+        if name.endswith("conv_spatial.weight")
         else (tensor[:, :, None, None] if name.endswith("weight") else tensor)
         for name, tensor in state.items()
     }
 
 
-@pytest.mark.parametrize("case", GOLDEN)
+@pytest.mark.parametrize("case", GOLDEN + GOLDEN_BIAS)
 def test_both_layouts_are_the_same_block(data, case):
     meta, x, state, _ = golden_case(data, case)
     blocks = [
@@ -99,7 +109,8 @@ def written_out(block, x):
                 top, bottom = i * height // rows, -(-(i + 1) * height // rows)
                 left, right = j * width // columns, -(-(j + 1) * width // columns)
                 v[:, i, j] = u[:, top:bottom, left:right].mean(dim=(1, 2))
-        c = torch.zeros_like(v)
+        bias = gate.conv_spatial.bias
+        c = torch.zeros_like(v) if bias is None else torch.zeros_like(v) + bias
         for i in range(rows):
             for j in range(columns):
                 for di in range(k):
@@ -134,12 +145,17 @@ def written_out(block, x):
     dim=st.sampled_from([4, 8, 12]),
     scales=st.sampled_from([(1.0,), (1.0, 0.5), (1.0, 0.5, 1 / 3), (0.5,)]),
     gate=st.sampled_from(["scaled", "sigmoid"]),
+    biased=st.sampled_from([(), (0,), (1,), (0, 2), (0, 1, 2)]),
 )
 def test_block_is_the_published_function_at_any_size(
-    batch, height, width, kernel, dim, scales, gate
+    batch, height, width, kernel, dim, scales, gate, biased
 ):
     torch.manual_seed(0)
-    block = DeltaConvBlock(dim, kernel, scales, gate, dtype=torch.float64)
+    biased = [level for level in biased if level < len(scales)]
+    block = DeltaConvBlock(dim, kernel, scales, gate, biased=biased, dtype=torch.float64)
+    with torch.no_grad():
+        for level in biased:
+            block.gates[level].conv_spatial.bias.normal_()
     x = torch.randn(batch, height, width, dim, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(block(x), written_out(block, x), rtol=1e-9, atol=1e-9)
@@ -167,6 +183,8 @@ def test_gradients_of_the_definition():
         ({"scales": (1.0, 0.0)}, "scales must be"),
         ({"scales": (2.0,)}, "scales must be"),
         ({"gate": "tanh"}, "gate must be one of"),
+        ({"biased": (2,)}, "biased must be indices"),
+        ({"biased": (-1,)}, "biased must be indices"),
     ],
 )
 def test_impossible_geometry_is_refused(arguments, sentence):
@@ -197,6 +215,9 @@ def test_bad_states_list_everything(data):
     [
         ("conv_up.weight", (16, 31)),
         ("conv_up.bias", (17,)),
+        ("gates.0.conv_spatial.bias", (17,)),
+        ("gates.1.conv_spatial.bias", (16, 1)),
+        ("gates.2.conv_spatial.bias", (16,)),
         ("gates.1.conv_spatial.weight", (3, 3, 16)),
         ("gates.0.conv_spatial.weight", (5, 3, 16)),
         ("conv_pool.weight", (32, 32, 3, 3)),

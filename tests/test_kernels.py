@@ -38,40 +38,52 @@ def unforced(monkeypatch):
     scales=st.sampled_from([(1.0,), (1.0, 0.5), (1.0, 0.5, 1 / 3), (0.5,), (0.5, 1.0, 0.25, 0.9)]),
     gate=st.sampled_from(["scaled", "sigmoid"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    biased=st.sets(st.integers(0, 3)),
 )
-def test_torch_forms_meet_the_definition(dtype, **shape):
-    for name, ours, own in accuracy.forward_errors(Case(**shape), dtype, "cpu"):
+def test_torch_forms_meet_the_definition(dtype, biased, **shape):
+    levels = range(len(shape["scales"]))
+    case = Case(**shape, biased=tuple(level for level in levels if level in biased))
+    for name, ours, own in accuracy.forward_errors(case, dtype, "cpu"):
         assert ours.within(own, dtype), f"{name}: {ours}, torch's own {own}"
 
 
 @pytest.mark.parametrize(
-    "scales, gate",
-    [((1.0, 0.5, 1 / 3), "sigmoid"), ((1.0,), "scaled"), ((0.3,), "scaled")],
+    "scales, gate, biased",
+    [
+        ((1.0, 0.5, 1 / 3), "sigmoid", ()),
+        ((1.0, 0.5, 1 / 3), "scaled", (0, 2)),
+        ((1.0,), "scaled", ()),
+        ((0.3,), "sigmoid", (0,)),
+    ],
     ids=str,
 )
-def test_gradients_of_the_operators(scales, gate):
-    case = Case(1, 4, 3, 8, 3, scales, gate)
+def test_gradients_of_the_operators(scales, gate, biased):
+    case = Case(1, 4, 3, 8, 3, scales, gate, biased)
     x, u, *rest = (t.requires_grad_() for t in accuracy.make_inputs(case, torch.float64, "cpu"))
-    linear, weights = rest[:4], rest[4:]
+    linear, kernels = rest[:4], rest[4:]
+    levels, bits = len(scales), sum(1 << level for level in biased)
 
-    def pyramid(u, *weights):
-        return operators.gated_pyramid(u, list(weights), list(scales), gate)
+    def pyramid(u, *tensors):
+        weights, biases = list(tensors[:levels]), list(tensors[levels:])
+        return operators.gated_pyramid(u, weights, list(scales), gate, biases, bits)
 
     def projection(x, u, *tensors):
+        linear, weights, biases = tensors[:4], tensors[4 : 4 + levels], tensors[4 + levels :]
         return operators.pyramid_projection(
-            x, u, list(tensors[4:]), list(scales), gate, *tensors[:4]
+            x, u, list(weights), list(scales), gate, *linear, list(biases), bits
         )
 
-    assert torch.autograd.gradcheck(pyramid, (u, *weights))
-    assert torch.autograd.gradcheck(projection, (x, u, *linear, *weights))
+    assert torch.autograd.gradcheck(pyramid, (u, *kernels))
+    assert torch.autograd.gradcheck(projection, (x, u, *linear, *kernels))
 
 
-def test_torch_accepts_the_operators():
-    case = Case(2, 5, 4, 8, 3)
+@pytest.mark.parametrize("biased", [(), (1,)], ids=["plain", "biased"])
+def test_torch_accepts_the_operators(biased):
+    case = Case(2, 5, 4, 8, 3, biased=biased)
     x, u, *rest = (t.requires_grad_() for t in accuracy.make_inputs(case, torch.float32, "cpu"))
-    arguments = (rest[4:], list(case.scales), case.gate)
-    torch.library.opcheck(torch.ops.deltaconv.gated_pyramid.default, (u, *arguments))
-    arguments = (x, u, *arguments, *rest[:4])
+    arguments, biases = (rest[4:6], list(case.scales), case.gate), (rest[6:], 2 * len(biased))
+    torch.library.opcheck(torch.ops.deltaconv.gated_pyramid.default, (u, *arguments, *biases))
+    arguments = (x, u, *arguments, *rest[:4], *biases)
     torch.library.opcheck(torch.ops.deltaconv.pyramid_projection.default, arguments)
 
 
@@ -92,8 +104,9 @@ def test_compiling_sees_one_operator_and_no_break():
     assert [str(node.target) for node in ops] == ["deltaconv.pyramid_projection.default"]
 
 
-def test_a_compiled_block_trains():
-    block = DeltaConvBlock(16, 3, gate="sigmoid")
+@pytest.mark.parametrize("biased", [(), (1,), (0, 1)])
+def test_a_compiled_block_trains(biased):
+    block = DeltaConvBlock(16, 3, gate="sigmoid", biased=biased)
     x = torch.randn(2, 7, 5, 16)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     gradients = []
@@ -233,6 +246,24 @@ def test_every_tensor_is_on_the_device_of_u():
             accuracy.project(case, inputs)
 
 
+@pytest.mark.parametrize(
+    ("biases", "message"),
+    [
+        ([None], "expected one bias or None per scale, got 1"),
+        ([torch.randn(6), None], "biases must be [8], got [6]"),
+        (
+            [None, torch.randn(8).half()],
+            "expected a bias in torch.float32 on cpu, got torch.float16",
+        ),
+        ([torch.randn(8, device="meta"), None], "got torch.float32 on meta"),
+    ],
+)
+def test_biases_that_do_not_fit_are_refused(biases, message):
+    u, weights = torch.randn(1, 4, 4, 8), [torch.randn(3, 3, 8)] * 2
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernels.gated_pyramid(u, weights, (1.0, 0.5), "scaled", biases)
+
+
 def test_a_kernel_without_a_middle_is_refused():
     with pytest.raises(ValueError, match=r"kernels must be \[4, 4, 8\] with an odd k"):
         kernels.gated_pyramid(torch.randn(1, 6, 6, 8), [torch.randn(4, 4, 8)], (1.0,), "scaled")
@@ -268,8 +299,8 @@ def test_self_test_trusts_torch_and_stops_in_time(monkeypatch):
 
 
 def test_self_test_says_what_is_wrong(monkeypatch):
-    def broken(u, weights, scales, gate):
-        return torch_forms.gated_pyramid(u, weights, scales, gate) * 1.01
+    def broken(u, weights, scales, gate, biases):
+        return torch_forms.gated_pyramid(u, weights, scales, gate, biases) * 1.01
 
     monkeypatch.setattr(accuracy, "gated_pyramid", broken)
     verdict = next(selftest.self_test("cpu"))

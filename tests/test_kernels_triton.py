@@ -91,11 +91,16 @@ FORWARD = {
     "channels that fill no block": Case(1, 5, 6, 20, 3),
     "fewest channels": Case(1, 6, 5, 4, 3),
     "several channel blocks": Case(1, 3, 4, 192, 3),
+    "biases": Case(2, 7, 5, 20, 3, biased=(0, 1)),
+    "a bias below": Case(1, 7, 13, 16, 3, gate="sigmoid", biased=(1,)),
+    "one scale with a bias": Case(1, 5, 6, 16, 3, (1.0,), biased=(0,)),
+    "three scales, two biases": Case(1, 9, 7, 16, 3, (1.0, 0.5, 1 / 3), biased=(0, 2)),
 }
 
 
 # In the interpreter both dtypes take the same path but for loads, stores and the projection.
 BOTH = {"ragged", "three scales", "one scale", "channels that fill no block", "one position"}
+BOTH |= {"a bias below"}
 
 
 @pytest.mark.parametrize(
@@ -109,13 +114,15 @@ def test_forward(name, dtype):
 
 
 # The interpreter takes a minute for the larger golden cases; a GPU meets them all.
-GOLDEN = ["sd_odd", "small_kernel_bigger_than_map"]
+GOLDEN = ["sd_odd", "small_kernel_bigger_than_map", "bias_small_map"]
 GOLDEN += ["sd_square", "sd_wide", "three_scales", "pixart"] * HAS_GPU
+GOLDEN += ["bias_scaled", "bias_sigmoid_odd", "bias_three", "bias_no_up_bias"] * HAS_GPU
 
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_block(data, case):
-    with safe_open(data / "block.safetensors", framework="pt") as file:
+    name = "block_bias" if case.startswith("bias") else "block"
+    with safe_open(data / f"{name}.safetensors", framework="pt") as file:
         meta = json.loads(file.metadata()[case])
         names = [name for name in file.keys() if name.startswith(f"{case}.w.")]
         state = {name.split(".w.")[1]: file.get_tensor(name) for name in names}
@@ -133,6 +140,12 @@ BACKWARD = {
     "one scale": (Case(2, 5, 4, 8, 3, (1.0,), "sigmoid"), torch.float16),
     "one position": (Case(1, 1, 1, 8, 3), torch.float32),
     "long and narrow": (Case(1, 17, 2, 8, 3), torch.float32),
+    # Channels enough that torch's own error in a bias's gradient is not small by luck.
+    "biases": (Case(2, 5, 7, 64, 3, biased=(0, 1)), torch.float32),
+    "two of three biases": (
+        Case(1, 7, 6, 32, 3, (1.0, 0.5, 1 / 3), "sigmoid", (0, 2)),
+        torch.float16,
+    ),
 }
 
 
@@ -185,9 +198,12 @@ def test_gradients_as_real_models_have_them(large_map):
     kernel_size=st.sampled_from([1, 3, 5]),
     scales=st.sampled_from([(1.0,), (1.0, 0.5), (1.0, 0.5, 1 / 3), (1.0, 0.9)]),
     gate=st.sampled_from(["scaled", "sigmoid"]),
+    biased=st.sets(st.integers(0, 2)),
 )
-def test_forward_at_any_shape(**shape):
-    errors = accuracy.forward_errors(Case(**shape), torch.float32, DEVICE)
+def test_forward_at_any_shape(biased, **shape):
+    levels = range(len(shape["scales"]))
+    case = Case(**shape, biased=tuple(level for level in levels if level in biased))
+    errors = accuracy.forward_errors(case, torch.float32, DEVICE)
     assert_within_budget(errors, torch.float32)
 
 
@@ -235,9 +251,10 @@ def test_projection_adds_the_context_of_its_own_image(tile, inner, dim, dtype):
 
 
 def variants(case, device_memory):
-    """What Triton compiles anew for, kernel size and gate aside, in the launches of a case."""
+    """What Triton compiles anew for, kernel, gate and biases aside, in the launches of a case."""
+    aside = {"K": 0, "SIGMOID": 0, "BIASED": 0}
     return {
-        (launch.kernel.__name__, *sorted((launch.constants | {"K": 0, "SIGMOID": 0}).items()))
+        (launch.kernel.__name__, *sorted((launch.constants | aside).items()))
         for launch in ahead.launches(case, torch.float16, gradients=True, shared=device_memory)
     }
 
@@ -253,6 +270,8 @@ def test_the_self_test_runs_what_real_models_compile(target):
         missing = variants(case, memory) - ran
         assert not missing, f"{row}: {missing}"
     assert {len(case.scales) for pair in tested.values() for case in pair} == {2, 3}
+    found = {case.biased for pair in tested.values() for case in pair}
+    assert found == {(), (0,), (1,), (0, 1)}
     for pair in tested.values():
         assert {case.gate for case in pair} == {"scaled", "sigmoid"}
 

@@ -39,9 +39,9 @@ def test_everything_is_trusted_on_a_cpu():
 
 
 def test_what_is_wrong_is_named_with_the_way_out(monkeypatch):
-    def broken(u, weights, scales, gate):
+    def broken(u, weights, scales, gate, biases):
         factor = 1.01 if u.dtype == torch.float32 and len(weights[0]) == 5 else 1
-        return torch_forms.gated_pyramid(u, weights, scales, gate) * factor
+        return torch_forms.gated_pyramid(u, weights, scales, gate, biases) * factor
 
     monkeypatch.setattr(accuracy, "gated_pyramid", broken)
     text = run(seconds=600.0)

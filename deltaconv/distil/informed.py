@@ -96,10 +96,9 @@ def refit(
 
 def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
     """x [B, H, W, C] → [B, H, W, S·h/2 + C + 1]: what conv_out and conv_pool are linear in."""
-    weights = {name: tensor.to(x) for name, tensor in block.state_dict().items()}
-    u = F.linear(x, weights["conv_up.weight"], weights["conv_up.bias"])
-    kernels = [weights[f"gates.{s}.conv_spatial.weight"] for s in range(len(block.scales))]
-    pyramid = gated_pyramid(u, kernels, block.scales, block.gate)
+    u = F.linear(x, block.conv_up.weight.to(x), block.conv_up.bias.to(x))
+    kernels, biases = block.depthwise_like(u)
+    pyramid = gated_pyramid(u, kernels, block.scales, block.gate, biases)
     mean = x.mean((1, 2), keepdim=True).expand_as(x)
     return torch.cat([pyramid, mean, torch.ones_like(x[..., :1])], dim=-1)
 
@@ -201,6 +200,8 @@ def _set_channels(
         block.conv_up.bias[half:] = opening
     for gate, scale in zip(block.gates, block.scales, strict=True):
         kernel = gate.conv_spatial.weight
+        if gate.conv_spatial.bias is not None:
+            gate.conv_spatial.bias.zero_()
         kernel[..., half:] = opening * identity[..., None]
         per_head = offsets.kernels(size, scale) if offsets else None
         for channel, (_, _, head) in enumerate(chosen):

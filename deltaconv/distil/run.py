@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,14 @@ from .data import Batch, Dataset, draw
 from .informed import initialise, refit
 from .record import Record, memory_in_use
 from .replay import replay_of
-from .settings import DistilError, DistilSettings, StageSettings, new_blocks, read_plan
+from .settings import (
+    DistilError,
+    DistilSettings,
+    SitePlan,
+    StageSettings,
+    new_blocks,
+    read_plan,
+)
 from .stages import LayerLosses, joint_losses
 from .state import State, load_state, save_state, state_files
 from .student import Optimiser, Student, take_weights
@@ -46,11 +54,21 @@ def distil(
     return run.records()
 
 
+def _plain(plan: SitePlan) -> list:
+    """What a state says of a site; states of before there were biases say the same."""
+    plain = [plan.kernel, list(plan.scales)]
+    return [*plain, list(plan.biased)] if plan.biased else plain
+
+
 class _Run:
     def __init__(self, teacher, recipe, dataset, settings, gate, start, folder, resume, progress):
         self.teacher, self.dataset, self.settings = teacher, dataset, settings
         self.progress = progress
         self.plans = read_plan(recipe, teacher.dims)
+        self.given = {site: block for site, block in (start or {}).items() if site in self.plans}
+        for site, block in self.given.items():
+            # A recipe says nothing of biases: a block that has some keeps them.
+            self.plans[site] = replace(self.plans[site], biased=block.biased)
         if settings.joint.steps and teacher.why_not_differentiable:
             raise DistilError(f"The joint stage cannot run: {teacher.why_not_differentiable}")
         self.folder = Path(folder) if folder is not None else None
@@ -58,7 +76,7 @@ class _Run:
             "base": teacher.fingerprint,
             "recipe": {
                 "gate": gate,
-                **{site: [plan.kernel, list(plan.scales)] for site, plan in self.plans.items()},
+                **{site: _plain(plan) for site, plan in self.plans.items()},
             },
         }
         if self.folder and not resume and state_files(self.folder):
@@ -69,7 +87,6 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             blocks = new_blocks(self.plans, teacher.dims, gate)
-        self.given = {site: block for site, block in (start or {}).items() if site in blocks}
         for site, block in self.given.items():
             take_weights(site, blocks[site], block)
         self.student = Student(blocks, settings, teacher.device)

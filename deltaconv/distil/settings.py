@@ -129,10 +129,11 @@ def published_settings(**changes: object) -> DistilSettings:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The block that one site gets."""
+    """The block that one site gets; `biased` are the scales whose convolution has a bias."""
 
     kernel: int
     scales: tuple[float, ...] = (1.0, 0.5)
+    biased: tuple[int, ...] = ()
 
 
 def read_plan(recipe: Mapping[str, object], dims: Mapping[str, int]) -> dict[str, SitePlan]:
@@ -169,7 +170,7 @@ def new_blocks(
 ) -> dict[str, DeltaConvBlock]:
     """Untrained blocks by site, from torch's current random state."""
     return {
-        site: DeltaConvBlock(dims[site], plan.kernel, plan.scales, gate)
+        site: DeltaConvBlock(dims[site], plan.kernel, plan.scales, gate, biased=plan.biased)
         for site, plan in plans.items()
     }
 

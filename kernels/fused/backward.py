@@ -6,6 +6,7 @@ from math import ceil
 
 import torch
 
+from ..gated_pyramid import Biases
 from ..torch_forms import projection_backward
 from .forward import aligned, shape_of
 from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
@@ -24,7 +25,9 @@ def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, La
     strides = (stride, stride) if level == 0 else (half, half)
 
     tile = convolution_tile(batch, size, half)
-    constants = {"KEEP": keep, "SIGMOID": shape.gate == "sigmoid", "K": k} | tile.constants
+    biased = shape.biased >> level & 1
+    constants = {"KEEP": keep, "SIGMOID": shape.gate == "sigmoid", "BIASED": biased, "K": k}
+    constants |= tile.constants
     numbers = (rows, columns, channels, half, *strides, k, shape.gain)
     through = Launch(gate_gradient_kernel, tile.programs(batch, size, half), numbers, constants)
 
@@ -42,7 +45,7 @@ def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, La
     strips = ceil(rows / strip)
     numbers, constants = (
         (batch, rows, columns, strips, strip, channels, k),
-        {"K": k} | tile.constants,
+        {"BIASED": biased, "K": k} | tile.constants,
     )
     to_kernel = Launch(weight_gradient_kernel, k * blocks * batch * strips, numbers, constants)
     return through, to_input, to_kernel, strips
@@ -75,15 +78,18 @@ def gated_pyramid_backward(
     weights: Sequence[torch.Tensor],
     scales: Sequence[float],
     gate: str,
+    biases: Biases = (),
     out: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, S · h/2] → gradients of u [B, H, W, h] and of every kernel [k, k, h].
+    """gradient [B, H, W, S · h/2] → gradients of u [B, H, W, h], every kernel [k, k, h], bias [h].
 
     `out` [B, H, W, S · h/2], if given, receives the pyramid itself, computed on the way.
     """
     gradient, u = aligned(gradient), aligned(u)
     weights = [aligned(weight) for weight in weights]
-    shape = shape_of(u, weights, scales, gate)
+    biases = [None if bias is None else aligned(bias) for bias in biases]
+    shape = shape_of(u, weights, scales, gate, biases)
+    # Only its pooling and upsampling run here, in which a bias has no part.
     forward = plan_forward(shape, None, None)
     down, unpool = plan_resampling(shape)
     options = {"dtype": u.dtype, "device": u.device}
@@ -95,7 +101,7 @@ def gated_pyramid_backward(
     to_u = torch.empty_like(u)
     to_low = torch.empty_like(low)
     gated_low = torch.empty(shape.low_positions * shape.half, **options)
-    to_weights, start = [], 0
+    to_weights, to_biases, start = [], [], 0
     for level, (rows, columns) in enumerate(shape.sizes):
         through, to_input, to_kernel, strips = plan_level(shape, level, keep)
         positions = shape.batch * rows * columns
@@ -110,17 +116,23 @@ def gated_pyramid_backward(
             down[level - 1](gradient.flatten()[level * shape.half :], upstream)
             start += positions
         convolved = torch.empty(positions * shape.channels, **options)
-        through(source, weights[level], upstream, gated, convolved)
+        bias = biases[level] if biases else None
+        through(source, weights[level], bias, upstream, gated, convolved)
         to_input(convolved, weights[level], target)
         k = shape.kernel_size
-        partial = torch.empty(shape.batch * strips, k, k, shape.channels, device=u.device)
+        taps = k * k + (bias is not None)
+        partial = torch.empty(shape.batch * strips, taps, shape.channels, device=u.device)
         to_kernel(source, convolved, partial)
-        to_weights.append(partial.sum(0).to(u.dtype))
+        total = partial.sum(0).to(u.dtype)
+        to_weights.append(total[: k * k].view(k, k, shape.channels))
+        if bias is not None:
+            # A copy: results of an operator may not share memory.
+            to_biases.append(total[-1].clone())
     if unpool is not None:
         unpool(to_low, to_u)
     if keep and forward.upsample is not None:
         forward.upsample(gated_low, out, nothing, nothing, nothing, nothing, nothing)
-    return [to_u, *to_weights]
+    return [to_u, *to_weights, *to_biases]
 
 
 def pyramid_projection_backward(
@@ -134,8 +146,11 @@ def pyramid_projection_backward(
     out_bias: torch.Tensor,
     pool_weight: torch.Tensor,
     pool_bias: torch.Tensor,
+    biases: Biases = (),
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, both projections, kernels."""
-    return projection_backward(
-        gated_pyramid_backward, gradient, x, u, weights, scales, gate, out_weight, pool_weight
-    )
+    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, both projections, kernels …
+
+    … and of every bias [h] that there is.
+    """
+    arguments = (gradient, x, u, weights, scales, gate, out_weight, pool_weight, biases)
+    return projection_backward(gated_pyramid_backward, *arguments)

@@ -15,6 +15,8 @@ STARTS = ("first1", "first2", "first_mean")
 def correlate(
     source,
     weight,
+    bias,
+    biased,
     row,
     column,
     channel,
@@ -24,10 +26,13 @@ def correlate(
     channels,
     shifts,
     FLIP: tl.constexpr,
+    BIASED: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """source [height, width, channels] → ROWS tiles [COLUMNS, CHANNELS] of sums in fp32.
+
+    BIASED: the sums start at bias [channels] where `biased`, else at zero.
 
     `column` [COLUMNS] and `channel` [CHANNELS] index the tile, its first row is `row`. A row of
     the source is loaded once per column shift and meets every output row it belongs to from
@@ -40,7 +45,10 @@ def correlate(
         lines = lines + (source + y * row_stride,)
         inside_line = inside_line + ((y >= 0) & (y < height),)
     lane, inside_lane = channel[None, :], inside_channel[None, :]
-    totals = (tl.zeros((column.shape[0], channel.shape[0]), tl.float32),) * ROWS
+    start = tl.zeros((column.shape[0], channel.shape[0]), tl.float32)
+    if BIASED:
+        start += tl.load(bias + lane, mask=inside_lane & biased, other=0.0).to(tl.float32)
+    totals = (start,) * ROWS
     # `shifts` is K, but not known to the compiler, which would unroll all K² taps for minutes.
     for dx in range(shifts):
         shifted = column + (dx - K // 2)
@@ -135,6 +143,9 @@ def gated_kernel(
     weight0,
     weight1,
     weight2,
+    bias0,
+    bias1,
+    bias2,
     out,
     gated_low,
     partial,
@@ -157,6 +168,7 @@ def gated_kernel(
     gain,
     LEVELS: tl.constexpr,
     SIGMOID: tl.constexpr,
+    BIASED: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -164,6 +176,9 @@ def gated_kernel(
     SUMS: tl.constexpr,
 ):
     """Every level's convolution and gate; and the mean of x out of its partial sums.
+
+    BIASED has a bit for every level with a bias; the pointers of the others are not read, and
+    without any bias they are None.
 
     u [B, H, W, h] goes into the first half-channels of out [B, H, W, LEVELS · h/2], the levels of
     low into those of gated_low [·, h/2]; partial [B, chunks, C] into mean [B, C].
@@ -187,6 +202,12 @@ def gated_kernel(
                     gated_low + skipped * half,
                 )
                 rows, columns, stride, first = height2, width2, half, first2
+        bias, biased = bias0, True
+        if BIASED:
+            # A level that the pyramid lacks begins where the means do.
+            level = (program >= first1).to(tl.int32) + (program >= first2).to(tl.int32)
+            biased = ((BIASED >> level) & 1) != 0
+            bias = tl.where(level == 0, bias0, tl.where(level == 1, bias1, bias2))
         image, row, column, channel = locate(
             program - first, rows, columns, half, ROWS, COLUMNS, CHANNELS
         )
@@ -204,6 +225,8 @@ def gated_kernel(
             b = correlate(
                 source,
                 weight,
+                bias,
+                biased,
                 row,
                 column,
                 lane,
@@ -213,6 +236,7 @@ def gated_kernel(
                 channels,
                 shifts,
                 False,
+                BIASED,
                 K,
                 ROWS,
             )

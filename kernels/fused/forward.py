@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..gated_pyramid import Biases
 from .plan import Shape, plan_forward
 
 
@@ -19,14 +20,28 @@ def three(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [*weights, weights[0], weights[0]][:3]
 
 
-def shape_of(u: torch.Tensor, weights: Sequence[torch.Tensor], scales, gate: str) -> Shape:
+def three_biases(biases: Biases) -> list[torch.Tensor | None]:
+    """The aligned biases, with any one in place of those that are not there; None without any."""
+    if not biases:
+        return [None, None, None]
+    present = [None if bias is None else aligned(bias) for bias in biases]
+    other = next(bias for bias in present if bias is not None)
+    return [other if bias is None else bias for bias in [*present, None, None][:3]]
+
+
+def shape_of(
+    u: torch.Tensor, weights: Sequence[torch.Tensor], scales, gate: str, biases: Biases = ()
+) -> Shape:
     """The plan's key for this call."""
-    return Shape(*u.shape, weights[0].shape[0], tuple(scales), gate, u.dtype, u.device)
+    biased = 0
+    for level, bias in enumerate(biases):
+        biased |= (bias is not None) << level
+    return Shape(*u.shape, weights[0].shape[0], tuple(scales), gate, u.dtype, u.device, biased)
 
 
-def refuse_gradient(*tensors: torch.Tensor) -> None:
+def refuse_gradient(*tensors: torch.Tensor | None) -> None:
     """Raises RuntimeError where autograd would silently lose the gradient of a bare launch."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             "Expected no gradient to be needed here, got a tensor that requires one. Call the op "
             "of the same name in `kernels`, which records it, or enter torch.no_grad()."
@@ -34,12 +49,16 @@ def refuse_gradient(*tensors: torch.Tensor) -> None:
 
 
 def gated_pyramid(
-    u: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[float], gate: str
+    u: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    gate: str,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """u [B, H, W, h], kernels [k, k, h] → [B, H, W, S · h/2]; see `gated_pyramid_definition`."""
-    refuse_gradient(u, *weights)
+    refuse_gradient(u, *weights, *biases)
     u, weights = aligned(u), [aligned(weight) for weight in weights]
-    shape = shape_of(u, weights, scales, gate)
+    shape = shape_of(u, weights, scales, gate, biases)
     plan = plan_forward(shape, None, None)
     memory, (low, gated_low, partial, mean, context) = plan.memory(u.device)
     out = torch.empty(*u.shape[:3], len(weights) * shape.half, dtype=u.dtype, device=u.device)
@@ -47,7 +66,8 @@ def gated_pyramid(
     nothing = weights[0]
     if plan.pool is not None:
         plan.pool(u, low, nothing, partial)
-    plan.convolve(u, low, *three(weights), out, gated_low, partial, mean)
+    kernels = (*three(weights), *three_biases(biases))
+    plan.convolve(u, low, *kernels, out, gated_low, partial, mean)
     if plan.upsample is not None:
         plan.upsample(gated_low, out, mean, nothing, nothing, nothing, context)
     del memory
@@ -64,21 +84,23 @@ def pyramid_projection(
     out_bias: torch.Tensor,
     pool_weight: torch.Tensor,
     pool_bias: torch.Tensor,
+    biases: Biases = (),
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C] in four launches.
 
     See `pyramid_projection_definition`.
     """
-    refuse_gradient(x, u, *weights, out_weight, out_bias, pool_weight, pool_bias)
+    refuse_gradient(x, u, *weights, out_weight, out_bias, pool_weight, pool_bias, *biases)
     x, u, weights = aligned(x), aligned(u), [aligned(weight) for weight in weights]
     out_weight, pool_weight = aligned(out_weight), aligned(pool_weight)
     pool_bias, out_bias = aligned(pool_bias), aligned(out_bias)
     batch, height, width, dim = x.shape
-    plan = plan_forward(shape_of(u, weights, scales, gate), dim, x.dtype)
+    plan = plan_forward(shape_of(u, weights, scales, gate, biases), dim, x.dtype)
     memory, (low, gated_low, partial, mean, context, pyramid) = plan.memory(u.device)
     result = torch.empty(batch, height, width, dim, dtype=u.dtype, device=u.device)
     plan.pool(u, low, x, partial)
-    plan.convolve(u, low, *three(weights), pyramid, gated_low, partial, mean)
+    kernels = (*three(weights), *three_biases(biases))
+    plan.convolve(u, low, *kernels, pyramid, gated_low, partial, mean)
     plan.upsample(gated_low, pyramid, mean, pool_weight, pool_bias, out_bias, context)
     if plan.project is not None:
         plan.project(pyramid, out_weight, context, result)

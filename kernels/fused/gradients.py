@@ -13,6 +13,7 @@ from .correlate import correlate, gated, locate, sigmoid
 def gate_gradient_kernel(
     source,
     weight,
+    bias,
     upstream,
     out,
     gradient,
@@ -26,6 +27,7 @@ def gate_gradient_kernel(
     gain,
     KEEP: tl.constexpr,
     SIGMOID: tl.constexpr,
+    BIASED: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -52,6 +54,8 @@ def gate_gradient_kernel(
         b = correlate(
             source,
             weight,
+            bias,
+            True,
             row,
             column,
             lane,
@@ -61,6 +65,7 @@ def gate_gradient_kernel(
             channels,
             shifts,
             False,
+            BIASED,
             K,
             ROWS,
         )
@@ -107,7 +112,8 @@ def input_gradient_kernel(
     positions = image * rows * columns
     total = correlate(
         upstream + positions * channels,
-        *(weight, row, column, channel, inside, rows, columns, channels, shifts, True, K, ROWS),
+        *(weight, weight, False, row, column, channel, inside, rows, columns, channels, shifts),
+        *(True, False, K, ROWS),
     )
     offsets = column[:, None] * channels + channel[None, :]
     mask = (column < columns)[:, None] & inside[None, :]
@@ -129,15 +135,17 @@ def weight_gradient_kernel(
     strip,
     channels,
     shifts,
+    BIASED: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """source, upstream [B, rows, columns, h] → partial [B · strips, K, K, h], kernel gradients.
+    """source, upstream [B, rows, columns, h] → partial [B · strips, K², h], kernel gradients.
 
-    One program sums one column shift of all K row shifts over a strip of `strip` rows of one image;
-    the strips are added up behind it, in a fixed order: the same bits every time, no atomics.
+    BIASED: partial is [B · strips, K² + 1, h], the bias's gradient in the last row. One program
+    sums one column shift of all K row shifts over a strip of `strip` rows of one image; the strips
+    are added up behind it, in a fixed order: the same bits every time, no atomics.
     """
     program = tl.program_id(0)
     # Column shifts vary fastest: they read the same strip and find it in cache.
@@ -154,6 +162,7 @@ def weight_gradient_kernel(
     upstream += image * rows * columns * channels
     row_stride = columns.to(tl.int64) * channels
     totals = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * K
+    to_bias = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     for left in range(0, columns, COLUMNS):
         column = left + tl.arange(0, COLUMNS)
         shifted = column + dx - K // 2
@@ -169,6 +178,8 @@ def weight_gradient_kernel(
                 mask = inside_here & (y < stop)
                 line = tl.load(upstream + y * row_stride + here, mask=mask, other=0.0)
                 lines = lines + (line.to(tl.float32),)
+                if BIASED:
+                    to_bias += line.to(tl.float32)
             for i in tl.static_range(ROWS + K - 1):
                 y = top + i - K // 2
                 mask = inside_there & ((y >= 0) & (y < rows))
@@ -180,7 +191,11 @@ def weight_gradient_kernel(
                     else:
                         sums = sums + (totals[dy],)
                 totals = sums
-    partial += ((image * strips + program % strips) * K * K + dx) * channels
+    partial += ((image * strips + program % strips) * (K * K + BIASED) + dx) * channels
     for dy in tl.static_range(K):
         target = partial + dy * K * channels + channel
         tl.store(target, tl.sum(totals[dy], axis=0), mask=channel < channels)
+    if BIASED:
+        # Every column shift has the same sum: the first one's is kept, where dx is 0.
+        target = partial + K * K * channels + channel
+        tl.store(target, tl.sum(to_bias, axis=0), mask=(channel < channels) & (dx == 0))

@@ -32,6 +32,8 @@ class Shape(NamedTuple):
     gate: str
     dtype: torch.dtype
     device: torch.device
+    # A bit for every level with a bias.
+    biased: int = 0
 
     @property
     def half(self) -> int:
@@ -222,8 +224,8 @@ def plan_forward(
     counts = [tile.programs(batch, size, half) for size in shape.sizes]
     _, *first, mean = padded_starts(counts, 3)
     numbers = (*lengths, *first, mean, channels, half, wide, chunks, shape.kernel_size, shape.gain)
-    constants = {"LEVELS": levels, "SIGMOID": shape.gate == "sigmoid", "K": shape.kernel_size}
-    constants |= tile.constants | {"SUMS": sums}
+    constants = {"LEVELS": levels, "SIGMOID": shape.gate == "sigmoid", "BIASED": shape.biased}
+    constants |= {"K": shape.kernel_size} | tile.constants | {"SUMS": sums}
     convolve = Launch(gated_kernel, mean + context_programs, numbers, constants)
 
     upsample = None
