@@ -32,7 +32,6 @@ CASES = {
     "PixArt, k 13": Case(2, 32, 32, 1152, 13, gate="sigmoid"),
     "largest kernel, k 17": Case(2, 128, 128, 640, 17),
 }
-_FP32 = {"partial", "mean", "context"}
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -52,20 +51,20 @@ def compiled_for(launch, dtype: torch.dtype, target: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    names = [parameter.name for parameter in launch.kernel.params]
-    pointers = names[: len(names) - len(launch.numbers) - len(launch.constants)]
+    from .fused.plan import WIDE
+
     signature, constants, attributes = {}, dict(launch.constants), {}
-    for name in pointers:
-        signature[name] = "*fp32" if name in _FP32 else f"*{_NAMES[dtype]}"
+    for name in launch.tensors:
+        signature[name] = "*fp32" if name in WIDE else f"*{_NAMES[dtype]}"
         if name.startswith("bias") and not launch.constants.get("BIASED"):
             signature[name], constants[name] = "constexpr", None
-    for name, number in zip(names[len(pointers) :], launch.numbers, strict=False):
+    for name, number in launch.numbers.items():
         signature[name] = "fp32" if isinstance(number, float) else "i32"
     for name in launch.constants:
         signature[name] = "constexpr"
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
-        number = dict(zip(names[len(pointers) :], launch.numbers, strict=False)).get(name, 0)
+        number = launch.numbers.get(name, 0)
         if name in constants or parameter.do_not_specialize or isinstance(number, float):
             continue
         if number == 1:

@@ -244,7 +244,8 @@ def test_projection_adds_the_context_of_its_own_image(tile, inner, dim, dtype):
     out = torch.empty(batch, tokens, dim, dtype=dtype, device=DEVICE)
     launch = plan.plan_projection(batch, tokens, inner, dim, tile)
     assert launch.constants["EVEN"] == (inner % tile.inner == 0)
-    launch(pyramid, weight, context, out)
+    tensors = plan.Tensors(*[None] * len(plan.Tensors._fields))
+    launch(tensors._replace(pyramid=pyramid, out_weight=weight, context=context, result=out))
     exact = pyramid.double() @ weight.double().t() + context.double()[:, None]
     own = (pyramid @ weight.t() + context[:, None].to(dtype)).to(dtype)
     assert accuracy.distance(out, exact.cpu()).within(accuracy.distance(own, exact.cpu()), dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 import torch
 
@@ -10,9 +11,42 @@ from ..gated_pyramid import Biases
 from ..torch_forms import projection_backward
 from .forward import aligned, shape_of
 from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
-from .plan import Launch, Shape, convolution_tile, levels_of, plan_forward
+from .launch import Launch
+from .plan import Shape, Tensors, convolution_tile, levels_of, plan_forward
 from .pool import unpool_kernel
 from .upsample import downsample_kernel
+
+
+class Level(NamedTuple):
+    """One level's tensors, as the kernels of its gradients name them; `bias` None without one.
+
+    `upstream` is the gradient of its gated map, `convolved` that of its convolution, `to_source`
+    that of its input; `partial` holds those of its kernel and bias, in strips. `pyramid` receives
+    the gated map where it is wanted.
+    """
+
+    source: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    upstream: torch.Tensor
+    pyramid: torch.Tensor
+    convolved: torch.Tensor
+    to_source: torch.Tensor
+    partial: torch.Tensor
+
+
+class Upsampled(NamedTuple):
+    """Gradient of a level's channels in the pyramid → of its own small gated map."""
+
+    to_pyramid: torch.Tensor
+    upstream: torch.Tensor
+
+
+class Pooled(NamedTuple):
+    """Gradient of the lower levels' inputs → added to that of u."""
+
+    to_low: torch.Tensor
+    to_u: torch.Tensor
 
 
 @lru_cache(maxsize=256)
@@ -22,20 +56,20 @@ def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, La
     rows, columns = size = shape.sizes[level]
     stride = half * len(shape.scales)
     # The full level lives in the concatenated buffers, every lower one in a map of its own.
-    strides = (stride, stride) if level == 0 else (half, half)
+    strides = stride if level == 0 else half
+    numbers = {"rows": rows, "columns": columns, "channels": channels, "shifts": k}
 
     tile = convolution_tile(batch, size, half)
     biased = shape.biased >> level & 1
     constants = {"KEEP": keep, "SIGMOID": shape.gate == "sigmoid", "BIASED": biased, "K": k}
     constants |= tile.constants
-    numbers = (rows, columns, channels, half, *strides, k, shape.gain)
-    through = Launch(gate_gradient_kernel, tile.programs(batch, size, half), numbers, constants)
+    more = {"half": half, "stride": strides, "out_stride": strides, "gain": shape.gain}
+    programs = tile.programs(batch, size, half)
+    through = Launch(gate_gradient_kernel, programs, Level, numbers | more, constants)
 
     tile = convolution_tile(batch, size, channels)
-    numbers, constants = (rows, columns, channels, k), {"K": k} | tile.constants
-    to_input = Launch(
-        input_gradient_kernel, tile.programs(batch, size, channels), numbers, constants
-    )
+    programs, constants = tile.programs(batch, size, channels), {"K": k} | tile.constants
+    to_input = Launch(input_gradient_kernel, programs, Level, numbers, constants)
 
     tile = tile._replace(rows=8)
     blocks = ceil(channels / tile.channels)
@@ -43,11 +77,11 @@ def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, La
     strips = max(1, min(ceil(rows / tile.rows), ceil(1024 / (k * blocks * batch))))
     strip = tile.rows * ceil(rows / (tile.rows * strips))
     strips = ceil(rows / strip)
-    numbers, constants = (
-        (batch, rows, columns, strips, strip, channels, k),
-        {"BIASED": biased, "K": k} | tile.constants,
+    numbers |= {"batch": batch, "strips": strips, "strip": strip}
+    constants = {"BIASED": biased, "K": k} | tile.constants
+    to_kernel = Launch(
+        weight_gradient_kernel, k * blocks * batch * strips, Level, numbers, constants
     )
-    to_kernel = Launch(weight_gradient_kernel, k * blocks * batch * strips, numbers, constants)
     return through, to_input, to_kernel, strips
 
 
@@ -59,17 +93,19 @@ def plan_resampling(shape: Shape) -> tuple[list[Launch], Launch | None]:
     down = []
     for rows, columns in shape.sizes[1:]:
         # Positions less than one coarse step away on either side hold a coarse position.
-        reach = [ceil(2 * shape.height / rows), ceil(2 * shape.width / columns)]
-        numbers = (batch, shape.height, shape.width, rows, columns, *reach, half)
-        numbers += (half * len(shape.scales),)
+        reach_y, reach_x = ceil(2 * shape.height / rows), ceil(2 * shape.width / columns)
+        numbers = {"batch": batch, "height": shape.height, "width": shape.width, "rows": rows}
+        numbers |= {"columns": columns, "reach_y": reach_y, "reach_x": reach_x, "half": half}
+        numbers["stride"] = half * len(shape.scales)
         programs = batch * rows * ceil(columns / 32) * ceil(half / block)
         constants = {"COLUMNS": 32, "CHANNELS": block}
-        down.append(Launch(downsample_kernel, programs, numbers, constants))
+        down.append(Launch(downsample_kernel, programs, Upsampled, numbers, constants))
     if not down:
         return down, None
     programs = batch * shape.height * ceil(shape.width / 16) * ceil(channels / 64)
     constants = {"LEVELS": len(shape.scales), "COLUMNS": 16, "CHANNELS": 64}
-    return down, Launch(unpool_kernel, programs, (*levels_of(shape), channels), constants)
+    numbers = levels_of(shape) | {"channels": channels}
+    return down, Launch(unpool_kernel, programs, Pooled, numbers, constants)
 
 
 def gated_pyramid_backward(
@@ -96,42 +132,45 @@ def gated_pyramid_backward(
     nothing, keep = weights[0], out is not None
 
     low = torch.empty(shape.low_positions * shape.channels, **options)
+    gated_low = torch.empty(shape.low_positions * shape.half, **options)
+    # The forward pass's tensors, of which only u, both low maps and the pyramid are used.
+    tensors = Tensors(*[nothing] * len(Tensors._fields))
+    tensors = tensors._replace(u=u, low=low, gated_low=gated_low, pyramid=out if keep else nothing)
     if forward.pool is not None:
-        forward.pool(u, low, nothing, nothing)
+        forward.pool(tensors)
     to_u = torch.empty_like(u)
     to_low = torch.empty_like(low)
-    gated_low = torch.empty(shape.low_positions * shape.half, **options)
     to_weights, to_biases, start = [], [], 0
-    for level, (rows, columns) in enumerate(shape.sizes):
-        through, to_input, to_kernel, strips = plan_level(shape, level, keep)
-        positions = shape.batch * rows * columns
-        if level == 0:
-            source, target, upstream, gated = u, to_u, gradient, out if keep else nothing
+    for index, (rows, columns) in enumerate(shape.sizes):
+        through, to_input, to_kernel, strips = plan_level(shape, index, keep)
+        positions, k = shape.batch * rows * columns, shape.kernel_size
+        bias = biases[index] if biases else None
+        if index == 0:
+            source, to_source, upstream, gated = u, to_u, gradient, tensors.pyramid
         else:
             here = slice(start * shape.channels, (start + positions) * shape.channels)
-            source, target = low[here], to_low[here]
+            source, to_source = low[here], to_low[here]
             gated = gated_low[start * shape.half : (start + positions) * shape.half]
             upstream = torch.empty_like(gated)
             # The view starts at this level's channels of the concatenated gradient.
-            down[level - 1](gradient.flatten()[level * shape.half :], upstream)
+            down[index - 1](Upsampled(gradient.flatten()[index * shape.half :], upstream))
             start += positions
         convolved = torch.empty(positions * shape.channels, **options)
-        bias = biases[level] if biases else None
-        through(source, weights[level], bias, upstream, gated, convolved)
-        to_input(convolved, weights[level], target)
-        k = shape.kernel_size
         taps = k * k + (bias is not None)
         partial = torch.empty(shape.batch * strips, taps, shape.channels, device=u.device)
-        to_kernel(source, convolved, partial)
+        level = Level(source, weights[index], bias, upstream, gated, convolved, to_source, partial)
+        through(level)
+        to_input(level)
+        to_kernel(level)
         total = partial.sum(0).to(u.dtype)
         to_weights.append(total[: k * k].view(k, k, shape.channels))
         if bias is not None:
             # A copy: results of an operator may not share memory.
             to_biases.append(total[-1].clone())
     if unpool is not None:
-        unpool(to_low, to_u)
+        unpool(Pooled(to_low, to_u))
     if keep and forward.upsample is not None:
-        forward.upsample(gated_low, out, nothing, nothing, nothing, nothing, nothing)
+        forward.upsample(tensors)
     return [to_u, *to_weights, *to_biases]
 
 

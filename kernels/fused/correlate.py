@@ -146,7 +146,7 @@ def gated_kernel(
     bias0,
     bias1,
     bias2,
-    out,
+    pyramid,
     gated_low,
     partial,
     mean,
@@ -180,14 +180,14 @@ def gated_kernel(
     BIASED has a bit for every level with a bias; the pointers of the others are not read, and
     without any bias they are None.
 
-    u [B, H, W, h] goes into the first half-channels of out [B, H, W, LEVELS · h/2], the levels of
-    low into those of gated_low [·, h/2]; partial [B, chunks, C] into mean [B, C].
+    u [B, H, W, h] goes into the first half-channels of pyramid [B, H, W, LEVELS · h/2], the levels
+    of low into those of gated_low [·, h/2]; partial [B, chunks, C] into mean [B, C].
     """
     program = tl.program_id(0)
     if program >= first_mean:
         finish_mean(program - first_mean, partial, mean, height, width, chunks, dim, SUMS)
     else:
-        source, weight, target = u, weight0, out
+        source, weight, target = u, weight0, pyramid
         rows, columns, stride, first = height, width, LEVELS * half, 0
         if LEVELS > 1:
             if program >= first1:

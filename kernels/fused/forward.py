@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..gated_pyramid import Biases
-from .plan import Shape, plan_forward
+from .plan import Shape, Tensors, plan_forward
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -15,15 +15,15 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def three(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def three(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The kernels and, for levels that the pyramid lacks, the first one again."""
-    return [*weights, weights[0], weights[0]][:3]
+    return [*tensors, tensors[0], tensors[0]][:3]
 
 
-def three_biases(biases: Biases) -> list[torch.Tensor | None]:
-    """The aligned biases, with any one in place of those that are not there; None without any."""
+def three_biases(biases: Biases) -> Sequence[torch.Tensor | None]:
+    """The biases, with any one in place of those that are not there; None without any."""
     if not biases:
-        return [None, None, None]
+        return None, None, None
     present = [None if bias is None else aligned(bias) for bias in biases]
     other = next(bias for bias in present if bias is not None)
     return [other if bias is None else bias for bias in [*present, None, None][:3]]
@@ -60,16 +60,16 @@ def gated_pyramid(
     u, weights = aligned(u), [aligned(weight) for weight in weights]
     shape = shape_of(u, weights, scales, gate, biases)
     plan = plan_forward(shape, None, None)
-    memory, (low, gated_low, partial, mean, context) = plan.memory(u.device)
+    memory, buffers = plan.memory(u.device)
     out = torch.empty(*u.shape[:3], len(weights) * shape.half, dtype=u.dtype, device=u.device)
-    # Kernels take every pointer; those behind a switched-off role are never read.
-    nothing = weights[0]
-    if plan.pool is not None:
-        plan.pool(u, low, nothing, partial)
+    nothing = [weights[0]] * 5
     kernels = (*three(weights), *three_biases(biases))
-    plan.convolve(u, low, *kernels, out, gated_low, partial, mean)
+    tensors = Tensors(u, weights[0], *kernels, *nothing, *buffers, out)
+    if plan.pool is not None:
+        plan.pool(tensors)
+    plan.convolve(tensors)
     if plan.upsample is not None:
-        plan.upsample(gated_low, out, mean, nothing, nothing, nothing, context)
+        plan.upsample(tensors)
     del memory
     return out
 
@@ -96,16 +96,18 @@ def pyramid_projection(
     pool_bias, out_bias = aligned(pool_bias), aligned(out_bias)
     batch, height, width, dim = x.shape
     plan = plan_forward(shape_of(u, weights, scales, gate, biases), dim, x.dtype)
-    memory, (low, gated_low, partial, mean, context, pyramid) = plan.memory(u.device)
+    memory, buffers = plan.memory(u.device)
     result = torch.empty(batch, height, width, dim, dtype=u.dtype, device=u.device)
-    plan.pool(u, low, x, partial)
     kernels = (*three(weights), *three_biases(biases))
-    plan.convolve(u, low, *kernels, pyramid, gated_low, partial, mean)
-    plan.upsample(gated_low, pyramid, mean, pool_weight, pool_bias, out_bias, context)
+    linear = (out_weight, out_bias, pool_weight, pool_bias)
+    tensors = Tensors(u, x, *kernels, *linear, result, *buffers)
+    plan.pool(tensors)
+    plan.convolve(tensors)
+    plan.upsample(tensors)
     if plan.project is not None:
-        plan.project(pyramid, out_weight, context, result)
+        plan.project(tensors)
         return result
-    context, pyramid = plan.buffers[4].of(memory), plan.buffers[5].of(memory)
+    context, pyramid = (plan.buffers[name].of(memory) for name in ("context", "pyramid"))
     tokens, rows = pyramid.view(batch, height * width, -1), result.view(batch, height * width, dim)
     for image in range(batch):
         bias = context[image].to(u.dtype)

@@ -15,8 +15,8 @@ def gate_gradient_kernel(
     weight,
     bias,
     upstream,
-    out,
-    gradient,
+    pyramid,
+    convolved,
     rows,
     columns,
     channels,
@@ -33,10 +33,10 @@ def gate_gradient_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """upstream [B, rows, columns, stride], a gradient of a · gate(b) → gradient [·, h] of (a, b).
+    """upstream [B, rows, columns, stride], that of a · gate(b) → convolved [·, h], that of (a, b).
 
     The convolution is computed again from source [B, rows, columns, h]: nothing of it was saved.
-    KEEP: its gated result is also stored, into out [B, rows, columns, out_stride].
+    KEEP: its gated result is also stored, into pyramid [B, rows, columns, out_stride].
     """
     image, row, column, channel = locate(
         tl.program_id(0), rows, columns, half, ROWS, COLUMNS, CHANNELS
@@ -77,24 +77,24 @@ def gate_gradient_kernel(
         wide = column[:, None] * stride + channel[None, :]
         g = tl.load(upstream + here * stride + wide, mask=stored, other=0.0).to(tl.float32)
         if SIGMOID:
-            share = sigmoid(b[i], gradient.dtype.element_ty)
+            share = sigmoid(b[i], convolved.dtype.element_ty)
             to_a, to_b = g * share, g * a[i] * share * (1 - share)
         else:
             to_a, to_b = g * (b[i] * gain), g * (a[i] * gain)
-        target = gradient + here * channels + (column[:, None] * channels + channel[None, :])
-        tl.store(target, to_a.to(gradient.dtype.element_ty), mask=stored)
-        tl.store(target + half, to_b.to(gradient.dtype.element_ty), mask=stored)
+        target = convolved + here * channels + (column[:, None] * channels + channel[None, :])
+        tl.store(target, to_a.to(convolved.dtype.element_ty), mask=stored)
+        tl.store(target + half, to_b.to(convolved.dtype.element_ty), mask=stored)
         if KEEP:
-            target = out + here * out_stride + (column[:, None] * out_stride + channel[None, :])
-            value = gated(a[i], b[i], gain, SIGMOID, out.dtype.element_ty)
-            tl.store(target, value.to(out.dtype.element_ty), mask=stored)
+            target = pyramid + here * out_stride + (column[:, None] * out_stride + channel[None, :])
+            value = gated(a[i], b[i], gain, SIGMOID, pyramid.dtype.element_ty)
+            tl.store(target, value.to(pyramid.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "shifts"])
 def input_gradient_kernel(
-    upstream,
+    convolved,
     weight,
-    gradient,
+    to_source,
     rows,
     columns,
     channels,
@@ -104,14 +104,14 @@ def input_gradient_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """upstream [B, rows, columns, h], the convolution's gradient → gradient of its input."""
+    """convolved [B, rows, columns, h], the convolution's gradient → to_source, its input's."""
     image, row, column, channel = locate(
         tl.program_id(0), rows, columns, channels, ROWS, COLUMNS, CHANNELS
     )
     inside = channel < channels
     positions = image * rows * columns
     total = correlate(
-        upstream + positions * channels,
+        convolved + positions * channels,
         *(weight, weight, False, row, column, channel, inside, rows, columns, channels, shifts),
         *(True, False, K, ROWS),
     )
@@ -119,14 +119,14 @@ def input_gradient_kernel(
     mask = (column < columns)[:, None] & inside[None, :]
     for i in tl.static_range(ROWS):
         y = row + i
-        target = gradient + (positions + y.to(tl.int64) * columns) * channels + offsets
-        tl.store(target, total[i].to(gradient.dtype.element_ty), mask=mask & (y < rows))
+        target = to_source + (positions + y.to(tl.int64) * columns) * channels + offsets
+        tl.store(target, total[i].to(to_source.dtype.element_ty), mask=mask & (y < rows))
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "columns", "strips", "strip", "shifts"])
 def weight_gradient_kernel(
     source,
-    upstream,
+    convolved,
     partial,
     batch,
     rows,
@@ -141,7 +141,7 @@ def weight_gradient_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """source, upstream [B, rows, columns, h] → partial [B · strips, K², h], kernel gradients.
+    """source, convolved [B, rows, columns, h] → partial [B · strips, K², h], kernel gradients.
 
     BIASED: partial is [B · strips, K² + 1, h], the bias's gradient in the last row. One program
     sums one column shift of all K row shifts over a strip of `strip` rows of one image; the strips
@@ -159,7 +159,7 @@ def weight_gradient_kernel(
     stop = tl.minimum(start + strip, rows)
     inside = (channel < channels)[None, :]
     source += image * rows * columns * channels
-    upstream += image * rows * columns * channels
+    convolved += image * rows * columns * channels
     row_stride = columns.to(tl.int64) * channels
     totals = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * K
     to_bias = tl.zeros((COLUMNS, CHANNELS), tl.float32)
@@ -176,7 +176,7 @@ def weight_gradient_kernel(
             for i in tl.static_range(ROWS):
                 y = top + i
                 mask = inside_here & (y < stop)
-                line = tl.load(upstream + y * row_stride + here, mask=mask, other=0.0)
+                line = tl.load(convolved + y * row_stride + here, mask=mask, other=0.0)
                 lines = lines + (line.to(tl.float32),)
                 if BIASED:
                     to_bias += line.to(tl.float32)

@@ -1,5 +1,6 @@
 """How one shape is cut into launches: tiles, grids and the integers the kernels take."""
 
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from itertools import accumulate
 from math import ceil, prod
@@ -9,6 +10,7 @@ import torch
 
 from ..gated_pyramid import pooled_size
 from .correlate import gated_kernel
+from .launch import Launch
 from .pool import pool_kernel
 from .project import project_kernel
 from .upsample import upsample_kernel
@@ -55,52 +57,6 @@ class Shape(NamedTuple):
         return self.batch * sum(rows * columns for rows, columns in self.sizes[1:])
 
 
-class Launch:
-    """One kernel at one shape, called with its tensors, or addresses once it is `ready`.
-
-    From the second call on the compiled kernel is launched past Triton's own lookup, which takes
-    longer than a small kernel runs: the arguments that choose a compilation are the plan's, or
-    aligned tensors of the plan's dtype on the plan's device.
-    """
-
-    def __init__(self, kernel, programs, numbers=(), constants=None, *, warps=4, stages=1):
-        self.kernel, self.programs, self.numbers = kernel, programs, tuple(numbers)
-        self.constants = constants or {}
-        self.options = {"num_warps": warps, "num_stages": stages}
-        self.tail = (*self.numbers, *self.constants.values())
-        self._launch = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is compiled and takes addresses."""
-        return self._launch is not None
-
-    def __call__(self, *tensors: torch.Tensor | int) -> None:
-        if self._launch is not None:
-            self._launch(*tensors, *self.tail)
-            return
-        keywords = {**self.constants, **self.options}
-        compiled = self.kernel[(self.programs, 1, 1)](*tensors, *self.numbers, **keywords)
-        # The interpreter returns nothing.
-        if compiled is not None and hasattr(compiled, "packed_metadata"):
-            self._launch = _direct_launch(compiled, self.programs, tensors[0].device)
-
-
-def _direct_launch(compiled, programs: int, device: torch.device):
-    """A function of the kernel's arguments that launches it on the device's current stream."""
-    from triton.runtime import driver
-
-    stream_of, index = driver.active.get_current_stream, device.index or 0
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-
-    def launch(*arguments):
-        # No launch metadata and no hooks: those serve Triton's own profiler.
-        stream = stream_of(index)
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
-
-    return launch
-
-
 class Tile(NamedTuple):
     """Outputs of one program of the convolutions: rows × columns × channels."""
 
@@ -134,10 +90,11 @@ def padded_starts(counts: list[int], slots: int) -> list[int]:
     return [0, *accumulate(counts + [0] * (slots - len(counts)))]
 
 
-def levels_of(shape: Shape) -> list[int]:
-    """[batch, H, W, h1, w1, h2, w2]; levels that the pyramid lacks are 1 × 1."""
-    sizes = [*shape.sizes, (1, 1), (1, 1)][:3]
-    return [shape.batch, *(length for size in sizes for length in size)]
+def levels_of(shape: Shape) -> dict[str, int]:
+    """Batch and the size of every level; levels that the pyramid lacks are 1 × 1."""
+    (height, width), (height1, width1), (height2, width2) = [*shape.sizes, (1, 1), (1, 1)][:3]
+    sizes = {"batch": shape.batch, "height": height, "width": width}
+    return sizes | {"height1": height1, "width1": width1, "height2": height2, "width2": width2}
 
 
 class Buffer(NamedTuple):
@@ -153,41 +110,75 @@ class Buffer(NamedTuple):
         return memory[self.start : self.start + size].view(self.dtype).view(self.shape)
 
 
-def arrange(parts: list[tuple[tuple[int, ...], torch.dtype]]) -> tuple[list[Buffer], int]:
-    """Shapes and dtypes → buffers behind each other on 256-byte boundaries, and all their bytes."""
-    buffers, start = [], 0
-    for shape, dtype in parts:
-        buffers.append(Buffer(start, shape, dtype))
-        start += 256 * ceil(prod(shape) * dtype.itemsize / 256)
+# The buffers that are fp32 whatever the dtype of u: sums over the whole map.
+WIDE = frozenset({"partial", "mean", "context"})
+
+
+def arrange(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[dict, int]:
+    """Shape by name → Buffer by name, each on a 256-byte boundary, and all their bytes."""
+    buffers, start = {}, 0
+    for name, shape in shapes.items():
+        kind = torch.float32 if name in WIDE else dtype
+        buffers[name] = Buffer(start, shape, kind)
+        start += 256 * ceil(prod(shape) * kind.itemsize / 256)
     return buffers, start
+
+
+class Tensors(NamedTuple):
+    """Everything that a forward pass reads and writes, as its kernels name it.
+
+    The last six are its working memory, tensors, or addresses once every launch is ready. Kernels
+    take every pointer: what stands in for a tensor that is not there is never read.
+    """
+
+    u: torch.Tensor
+    x: torch.Tensor
+    weight0: torch.Tensor
+    weight1: torch.Tensor
+    weight2: torch.Tensor
+    bias0: torch.Tensor | None
+    bias1: torch.Tensor | None
+    bias2: torch.Tensor | None
+    out_weight: torch.Tensor
+    out_bias: torch.Tensor
+    pool_weight: torch.Tensor
+    pool_bias: torch.Tensor
+    result: torch.Tensor
+    low: torch.Tensor | int
+    gated_low: torch.Tensor | int
+    partial: torch.Tensor | int
+    mean: torch.Tensor | int
+    context: torch.Tensor | int
+    pyramid: torch.Tensor | int
 
 
 class Forward(NamedTuple):
     """The launches of a forward pass; those that the call does not need are None.
 
-    `buffers` are low, gated low, partial, mean and context; and the pyramid, where there is a
-    projection behind it.
+    `buffers` are the last fields of `Tensors`, in its order; without a projection the last one,
+    the pyramid, is the result and no buffer.
     """
 
     pool: Launch | None
     convolve: Launch
     upsample: Launch | None
     project: Launch | None
-    buffers: list[Buffer]
+    buffers: Mapping[str, Buffer]
+    starts: tuple[int, ...]
     size: int
 
     def memory(self, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor | int]]:
-        """Working memory, which is to outlive the launches, and where in it the buffers are.
+        """Working memory, which is to outlive the launches, and the buffers in it.
 
         As addresses once every launch takes them: a tensor for each would keep the host busy for
         longer than the launches run.
         """
         memory = torch.empty(self.size, dtype=torch.uint8, device=device)
-        launches = (self.pool, self.convolve, self.upsample, self.project)
-        if all(launch is None or launch.ready for launch in launches):
+        launches = self[:4]
+        if all([launch is None or launch.ready for launch in launches]):
             start = memory.data_ptr()
-            return memory, [start + buffer.start for buffer in self.buffers]
-        return memory, [buffer.of(memory) for buffer in self.buffers]
+            return memory, [start + offset for offset in self.starts]
+        return memory, [buffer.of(memory) for buffer in self.buffers.values()]
 
 
 @lru_cache(maxsize=256)
@@ -202,6 +193,7 @@ def plan_forward(
     batch, channels, half, levels = shape.batch, shape.channels, shape.half, len(shape.scales)
     lengths, lower = levels_of(shape), shape.sizes[1:]
     wide = dim or 1
+    widths = {"channels": channels, "dim": wide}
     tokens = shape.height * shape.width
 
     # Sums of x: enough chunks to fill the device, none below 64 tokens.
@@ -214,19 +206,21 @@ def plan_forward(
     if lower or dim:
         counts = [batch * rows * ceil(cols / 16) * ceil(channels / 64) for rows, cols in lower]
         _, second, mean = padded_starts(counts, 2)
-        numbers = (*lengths, second, mean, channels, wide, chunk, chunks)
+        numbers = lengths | widths | {"chunk": chunk, "chunks": chunks}
+        numbers |= {"first2": second, "first_mean": mean}
         spans = [exact_span(shape, size) for size in [*lower, (1, 1), (1, 1)][:2]]
         constants = {"LEVELS": levels, "SPAN1": spans[0], "SPAN2": spans[1], "COLUMNS": 16}
         constants |= {"CHANNELS": 64, "TOKENS": 64, "SUMS": sums}
-        pool = Launch(pool_kernel, mean + context_programs * chunks, numbers, constants)
+        pool = Launch(pool_kernel, mean + context_programs * chunks, Tensors, numbers, constants)
 
     tile = convolution_tile(batch, shape.sizes[0], half)
     counts = [tile.programs(batch, size, half) for size in shape.sizes]
-    _, *first, mean = padded_starts(counts, 3)
-    numbers = (*lengths, *first, mean, channels, half, wide, chunks, shape.kernel_size, shape.gain)
+    _, first1, first2, mean = padded_starts(counts, 3)
+    numbers = lengths | widths | {"first1": first1, "first2": first2, "first_mean": mean}
+    numbers |= {"half": half, "chunks": chunks, "shifts": shape.kernel_size, "gain": shape.gain}
     constants = {"LEVELS": levels, "SIGMOID": shape.gate == "sigmoid", "BIASED": shape.biased}
     constants |= {"K": shape.kernel_size} | tile.constants | {"SUMS": sums}
-    convolve = Launch(gated_kernel, mean + context_programs, numbers, constants)
+    convolve = Launch(gated_kernel, mean + context_programs, Tensors, numbers, constants)
 
     upsample = None
     if lower or dim:
@@ -237,16 +231,18 @@ def plan_forward(
     if dim and shape.dtype in (torch.float16, torch.bfloat16):
         product = projection_tile(batch, tokens, dim, shared or shared_memory(shape.device))
         project = plan_projection(batch, tokens, half * levels, dim, product)
-    parts = [
-        ((shape.low_positions * channels,), shape.dtype),
-        ((shape.low_positions * half,), shape.dtype),
-        ((batch, chunks, wide), torch.float32),
-        ((batch, wide), torch.float32),
-        ((batch, wide), torch.float32),
-    ]
+    shapes = {
+        "low": (shape.low_positions * channels,),
+        "gated_low": (shape.low_positions * half,),
+        "partial": (batch, chunks, wide),
+        "mean": (batch, wide),
+        "context": (batch, wide),
+    }
     if dim:
-        parts.append(((batch, shape.height, shape.width, levels * half), shape.dtype))
-    return Forward(pool, convolve, upsample, project, *arrange(parts))
+        shapes["pyramid"] = (batch, shape.height, shape.width, levels * half)
+    buffers, size = arrange(shapes, shape.dtype)
+    starts = tuple(buffer.start for buffer in buffers.values())
+    return Forward(pool, convolve, upsample, project, buffers, starts, size)
 
 
 def exact_span(shape: Shape, size: tuple[int, int]) -> int:
@@ -265,11 +261,12 @@ def plan_upsampling(shape: Shape, dim: int | None) -> Launch:
     positions = ceil(shape.height / lines) * ceil(shape.width / columns)
     per_level = batch * positions * ceil(half / channels)
     context = per_level * (len(shape.scales) - 1)
-    numbers = (*levels_of(shape), per_level, context, half, dim or 1)
+    numbers = levels_of(shape) | {"first2": per_level, "first_context": context}
+    numbers |= {"half": half, "dim": dim or 1}
     constants = {"LEVELS": len(shape.scales), "LINES": lines, "COLUMNS": columns}
     constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "INPUTS": 256}
     programs = context + (batch * ceil(dim / outputs) if dim else 0)
-    return Launch(upsample_kernel, programs, numbers, constants)
+    return Launch(upsample_kernel, programs, Tensors, numbers, constants)
 
 
 class ProjectionTile(NamedTuple):
@@ -320,6 +317,7 @@ def plan_projection(batch: int, tokens: int, inner: int, dim: int, tile: Project
     """[batch, tokens, inner] · [inner, dim] → a launch."""
     constants = {"EVEN": inner % tile.inner == 0, "TOKENS": tile.tokens, "OUTPUTS": tile.outputs}
     programs = batch * ceil(tokens / tile.tokens) * ceil(dim / tile.outputs)
-    numbers, constants = (tokens, inner, dim), constants | {"INNER": tile.inner}
+    numbers = {"tokens": tokens, "inner": inner, "dim": dim}
+    constants |= {"INNER": tile.inner}
     options = {"warps": tile.warps, "stages": tile.stages}
-    return Launch(project_kernel, programs, numbers, constants, **options)
+    return Launch(project_kernel, programs, Tensors, numbers, constants, **options)

@@ -162,8 +162,8 @@ def spread(total, low, image, y, x, height, width, rows, columns, channel, insid
     do_not_specialize=["batch", "height", "width", "height1", "width1", "height2", "width2"]
 )
 def unpool_kernel(
-    low,
-    gradient,
+    to_low,
+    to_u,
     batch,
     height,
     width,
@@ -176,7 +176,7 @@ def unpool_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The adjoint of `pool_kernel`: gradient [B, H, W, h] += what low's gradients spread."""
+    """The adjoint of `pool_kernel`: to_u [B, H, W, h] += what to_low spreads."""
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, CHANNELS)
     across = tl.cdiv(width, COLUMNS)
@@ -187,14 +187,14 @@ def unpool_kernel(
     image, y = (line // height).to(tl.int64), line % height
     inside = (x < width)[:, None] & (channel < channels)[None, :]
     offsets = x[:, None] * channels + channel[None, :]
-    target = gradient + line.to(tl.int64) * width * channels + offsets
+    target = to_u + line.to(tl.int64) * width * channels + offsets
     total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
     total = spread(
-        total, low, image, y, x, height, width, height1, width1, channel, inside, channels
+        total, to_low, image, y, x, height, width, height1, width1, channel, inside, channels
     )
     if LEVELS > 2:
-        low += batch.to(tl.int64) * height1 * width1 * channels
+        to_low += batch.to(tl.int64) * height1 * width1 * channels
         total = spread(
-            total, low, image, y, x, height, width, height2, width2, channel, inside, channels
+            total, to_low, image, y, x, height, width, height2, width2, channel, inside, channels
         )
-    tl.store(target, total.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(target, total.to(to_u.dtype.element_ty), mask=inside)

@@ -7,9 +7,9 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
     pyramid,
-    weight,
+    out_weight,
     context,
-    out,
+    result,
     tokens,
     inner,
     dim,
@@ -18,9 +18,10 @@ def project_kernel(
     OUTPUTS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """pyramid [B, tokens, inner] · weight [dim, inner]ᵀ + context [B, dim] → out [B, tokens, dim].
+    """pyramid [B, tokens, inner] · out_weight [dim, inner]ᵀ + context [B, dim] → result.
 
-    A tile never crosses images, so its context is one row. EVEN: INNER divides inner.
+    result is [B, tokens, dim]. A tile never crosses images, so its context is one row. EVEN: INNER
+    divides inner.
     """
     program = tl.program_id(0)
     across, down = tl.cdiv(dim, OUTPUTS), tl.cdiv(tokens, TOKENS)
@@ -35,7 +36,7 @@ def project_kernel(
     row = tl.where(inside_token, token, 0)
     line = tl.where(inside_output, output, 0)
     left = pyramid + image * tokens * inner + row.to(tl.int64)[:, None] * inner + position[None, :]
-    right = weight + line[None, :] * inner + position[:, None]
+    right = out_weight + line[None, :] * inner + position[:, None]
     total = tl.zeros((TOKENS, OUTPUTS), tl.float32)
     for start in range(0, inner, INNER):
         if EVEN:
@@ -48,6 +49,6 @@ def project_kernel(
         left += INNER
         right += INNER
     total += tl.load(context + image * dim + output, mask=inside_output, other=0.0)[None, :]
-    target = out + image * tokens * dim + token.to(tl.int64)[:, None] * dim + output[None, :]
+    target = result + image * tokens * dim + token.to(tl.int64)[:, None] * dim + output[None, :]
     mask = inside_token[:, None] & inside_output[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(target, total.to(result.dtype.element_ty), mask=mask)

@@ -101,7 +101,7 @@ def project_mean(
 )
 def upsample_kernel(
     gated_low,
-    out,
+    pyramid,
     mean,
     pool_weight,
     pool_bias,
@@ -125,17 +125,17 @@ def upsample_kernel(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """gated_low → the lower levels' channels of out [B, H, W, LEVELS · h/2]; mean → context."""
+    """gated_low → the lower levels' channels of pyramid [B, H, W, LEVELS · h/2]; mean → context."""
     program = tl.program_id(0)
     if program >= first_context:
         program = program - first_context
         project_mean(program, mean, pool_weight, pool_bias, out_bias, context, dim, OUTPUTS, INPUTS)
     elif LEVELS > 1:
-        source, target, rows, columns, first = gated_low, out + half, height1, width1, 0
+        source, target, rows, columns, first = gated_low, pyramid + half, height1, width1, 0
         if LEVELS > 2:
             if program >= first2:
                 source = gated_low + batch.to(tl.int64) * height1 * width1 * half
-                target, rows, columns, first = out + 2 * half, height2, width2, first2
+                target, rows, columns, first = pyramid + 2 * half, height2, width2, first2
         size = (height, width, rows, columns, half, LEVELS * half)
         upsample_lines(program - first, source, target, *size, LINES, COLUMNS, CHANNELS)
 
@@ -157,8 +157,8 @@ def first_holder(index, size, coarse):
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "rows", "columns", "reach_y", "reach_x"])
 def downsample_kernel(
-    gradient,
-    low,
+    to_pyramid,
+    upstream,
     batch,
     height,
     width,
@@ -171,7 +171,7 @@ def downsample_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The adjoint of `upsample_lines`: gradient [B, H, W, stride] → low [B, rows, columns, h/2]."""
+    """The adjoint of `upsample_lines`: to_pyramid [B, H, W, stride] → upstream [B, ·, ·, h/2]."""
     program = tl.program_id(0)
     blocks = tl.cdiv(half, CHANNELS)
     across = tl.cdiv(columns, COLUMNS)
@@ -182,7 +182,7 @@ def downsample_kernel(
     row = line % rows
     inside = (column < columns)[:, None] & (channel < half)[None, :]
     row_stride = width.to(tl.int64) * stride
-    image = gradient + (line // rows) * height * row_stride
+    image = to_pyramid + (line // rows) * height * row_stride
     total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     start_y = first_holder(row, height, rows)
     start_x = first_holder(column, width, columns)
@@ -196,5 +196,5 @@ def downsample_kernel(
             mask = inside & (held > 0)[:, None]
             total += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32) * held[:, None]
     offsets = column[:, None] * half + channel[None, :]
-    target = low + line.to(tl.int64) * columns * half + offsets
-    tl.store(target, total.to(low.dtype.element_ty), mask=inside)
+    target = upstream + line.to(tl.int64) * columns * half + offsets
+    tl.store(target, total.to(upstream.dtype.element_ty), mask=inside)
