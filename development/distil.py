@@ -9,7 +9,8 @@ The configuration, all entries optional:
     size: 64                     # width and height of the pictures in pixels; default: the model's
     recipe: {<site>: [9, [1, 0.5]]}   # or a kernel alone; default: all sites, 11, 9, 7 by level
     gate: scaled
-    preset: default              # or published
+    preset: default              # or paper, or what the authors' code does instead: code-sd15,
+                                 # code-sdxl, code-pixart (deltaconv/distil/presets.py)
     settings: {layers: {steps: 300}, joint: {steps: 300}}   # what differs from the preset
     folder: output/distil        # state, log.jsonl and the weights, deltaconv.safetensors
 
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from . import ROOT, DevelopmentError, host
 from .comfyui import chosen_tree
+from .distil_compare import AUTHORS
 
 _ENTRIES = {
     "model": str,
@@ -53,7 +55,14 @@ def main(argv: list[str]) -> int:
         "--compare",
         type=float,
         metavar="MINUTES",
-        help="our recipe against the published losses, each for so long per seed",
+        help="our recipe against the authors', each for so long per seed",
+    )
+    parser.add_argument(
+        "--against",
+        choices=AUTHORS,
+        default="paper",
+        help="for --compare: the losses that the paper states, or those of the authors' code for "
+        "SD1.5, the features alone",
     )
     parser.add_argument(
         "--demo", action="store_true", help="a few minutes of it on the demo, with a grid"
@@ -65,7 +74,10 @@ def main(argv: list[str]) -> int:
         if options.compare:
             from .distil_compare import compare_recipes
 
-            compare_recipes(options.compare, options.seeds, ROOT / "output" / "distil-compare.json")
+            # The paper's keeps the name that it had when it was the only one.
+            name = "" if options.against == "paper" else f"-{options.against}"
+            output = ROOT / "output" / f"distil-compare{name}.json"
+            compare_recipes(options.compare, options.seeds, output, options.against)
         elif options.demo:
             from .distil_demo import distil_demo
 
@@ -87,6 +99,8 @@ def read_config(path: Path | None) -> dict:
         raise DevelopmentError(f"Expected a YAML file at {path}, got: {error}.") from error
     if not isinstance(config, dict):
         raise DevelopmentError(f"Expected entries by name in {path}, got {config!r:.60}.")
+    from ..deltaconv.distil import PRESETS
+
     problems = [f"unknown entry {name!r:.40}" for name in config if name not in _ENTRIES]
     problems += [
         f"{name}: expected {kind.__name__}, got {config[name]!r:.40}"
@@ -96,7 +110,7 @@ def read_config(path: Path | None) -> dict:
     for name in ("size", "samples"):
         if type(config.get(name)) is int and not 1 <= config[name] <= 10**6:
             problems.append(f"{name}: expected 1 or more, got {config[name]}")
-    for name, choices in (("preset", ("default", "published")), ("gate", ("scaled", "sigmoid"))):
+    for name, choices in (("preset", tuple(PRESETS)), ("gate", ("scaled", "sigmoid"))):
         if isinstance(config.get(name, ""), str) and config.get(name, choices[0]) not in choices:
             problems.append(f"{name}: expected one of {choices}, got {config[name]!r:.40}")
     if problems:
@@ -151,10 +165,9 @@ def line_of(record, seconds: float) -> str:
 
 def chosen_settings(config: Mapping):
     """The preset with the configuration's own settings on top."""
-    from ..deltaconv.distil import DistilSettings, default_settings, published_settings
+    from ..deltaconv.distil import PRESETS, DistilSettings
 
-    preset = published_settings if config.get("preset") == "published" else default_settings
-    mapping = preset().to_mapping()
+    mapping = PRESETS[config.get("preset", "default")]().to_mapping()
     for name, value in (config.get("settings") or {}).items():
         nested = isinstance(value, Mapping) and name in ("layers", "joint")
         mapping[name] = {**mapping[name], **value} if nested else value

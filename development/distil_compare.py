@@ -1,16 +1,18 @@
-"""Our recipe against the published losses: equal time, equal search of rates, several seeds."""
+"""Our recipe against the authors': equal time, equal search of rates, several seeds."""
 
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
 from .distil_demo import psnr, visit_of
 
 RATES = (0.3, 1.0, 3.0, 10.0)
+# Preset → its name in the figures: the paper's losses, and those of the authors' code for SD1.5.
+AUTHORS = {"paper": "published losses", "code-sd15": "features alone, as the code for SD1.5"}
 # Of the time of a whole run, for each rate.
 SEARCH = 0.25
 TWELVE = (
@@ -29,24 +31,25 @@ TWELVE = (
 )
 
 
-def compare_recipes(minutes: float, seeds: int, output: Path) -> dict:
-    """Both recipes for `minutes` per seed on the demo teacher at batch 8; figures by recipe.
+def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "paper") -> dict:
+    """Ours and the preset `against` for `minutes` per seed on the demo teacher; figures by recipe.
 
-    Each recipe first runs seed 0 at each of `RATES` times its own rate, for a share of the time;
-    the rate with the least error on held-out noise is used. A time is so many steps as fit it at
-    the pace measured first, so that what else the machine does later changes no figure. The
-    pictures' PSNR is that of seed 0. `output` is JSON, written after every run: a comparison of
-    the same settings that was stopped goes on from it.
+    Both at batch 8. Each recipe first runs seed 0 at each of `RATES` times its own rate, for a
+    share of the time; the rate with the least error on held-out noise is used. A time is so many
+    steps as fit it at the pace measured first, so that what else the machine does later changes no
+    figure. The pictures' PSNR is that of seed 0. `output` is JSON, written after every run: a
+    comparison of the same settings that was stopped goes on from it.
     """
     from ..deltaconv.distil import default_kernels
     from .distil import chosen_data, load_teacher
 
-    presets = {"published losses": _published, "ours": _ours}
+    authors = partial(_authors, against)
+    presets = {AUTHORS[against]: authors, "ours": _ours}
     identity = {"minutes": minutes, "rates": list(RATES), "search": SEARCH}
     settings = {name: preset((1, 1), 1.0, 0).to_mapping() for name, preset in presets.items()}
     identity["settings"] = settings
     results = _begun(output, identity)
-    teacher = load_teacher({}, _published((0, 1), 1.0, 0))
+    teacher = load_teacher({}, authors((0, 1), 1.0, 0))
     with teacher:
         data = chosen_data({}, teacher)
         kernels = default_kernels(teacher.model_sites.levels)
@@ -60,13 +63,13 @@ def compare_recipes(minutes: float, seeds: int, output: Path) -> dict:
             output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
         if "seconds" not in results:
-            results["seconds"] = _seconds_per_step(teacher, kernels, data)
+            results["seconds"] = _seconds_per_step(teacher, kernels, data, presets)
             print(f"Seconds: {results['seconds']}", flush=True)
             keep()
         for name, preset in presets.items():
 
-            def train(rate, seed, share, preset=preset):
-                steps = _steps_within(minutes * 60 * share, preset, results["seconds"])
+            def train(rate, seed, share, name=name, preset=preset):
+                steps = _steps_within(minutes * 60 * share, name, results["seconds"])
                 return _train(teacher, kernels, data, preset(steps, rate, seed))
 
             of_recipe = results.setdefault(name, {"search": {}, "runs": []})
@@ -112,10 +115,10 @@ def _ours(steps: tuple[int, int], rate: float, seed: int):
     )
 
 
-def _published(steps: tuple[int, int], rate: float, seed: int):
-    from ..deltaconv.distil import published_settings
+def _authors(preset: str, steps: tuple[int, int], rate: float, seed: int):
+    from ..deltaconv.distil import PRESETS
 
-    settings = published_settings(seed=seed, unconditional=0.1)
+    settings = PRESETS[preset](seed=seed, unconditional=0.1)
     return replace(settings, joint=_stage(settings.joint, steps[1], 1e-3 * rate))
 
 
@@ -124,23 +127,21 @@ def _stage(stage, steps: int, lr: float):
     return replace(stage, steps=steps, lr=lr, batch=8, schedule="cosine", warmup=steps // 10)
 
 
-def _steps_within(budget: float, preset, pace: Mapping[str, float]) -> tuple[int, int]:
+def _steps_within(budget: float, name: str, pace: Mapping[str, float]) -> tuple[int, int]:
     """Layer and joint steps: of ours, as long in all each, after the initialisation."""
-    if preset is _published:
-        return 0, int(budget / pace["published losses joint"])
+    if name != "ours":
+        return 0, int(budget / pace[f"{name} joint"])
     rest = max(0.0, budget - pace["ours init"])
     return int(rest / 2 / pace["ours layers"]), int(rest / 2 / pace["ours joint"])
 
 
-def _seconds_per_step(teacher, kernels, data) -> dict[str, float]:
+def _seconds_per_step(teacher, kernels, data, presets) -> dict[str, float]:
     """Seconds of the initialisation and of one step of each stage, after two to warm up."""
     from ..deltaconv.distil import distil
 
     seconds = {}
-    for name, settings in (
-        ("ours", _ours((5, 5), 1.0, 0)),
-        ("published losses", _published((0, 5), 1.0, 0)),
-    ):
+    for name, preset in presets.items():
+        settings = preset((5 if name == "ours" else 0, 5), 1.0, 0)
         for record in distil(teacher, kernels, data, settings):
             if record.stage == "init" or record.step > 2:
                 seconds.setdefault(f"{name} {record.stage}", []).append(record.seconds)

@@ -5,6 +5,8 @@ from comfy_api.latest import io
 from .types import CATEGORY, DeltaConv, LossMap, Recipe
 
 KERNELS = ("published, else by size", "by size")
+# What the widget says → the preset whose losses it stands for.
+LOSSES = {"ours": "default", "published": "paper", "authors' code (SD1.5)": "code-sd15"}
 
 
 class DeltaConvDistill(io.ComfyNode):
@@ -82,7 +84,13 @@ class DeltaConvDistill(io.ComfyNode):
                     tooltip="Steps between preview pictures of teacher and student; 0: none.",
                 ),
                 io.Combo.Input(
-                    "losses", options=["ours", "published"], default="ours", advanced=True
+                    "losses",
+                    options=list(LOSSES),
+                    default="ours",
+                    advanced=True,
+                    tooltip="Of the joint stage. published: the three that the paper states. "
+                    "authors' code (SD1.5): the features alone, because nothing else has a "
+                    "gradient in the authors' code for SD1.5.",
                 ),
                 io.Combo.Input(
                     "initialisation",

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from ..deltaconv.distil import (
+    PRESETS,
     Dataset,
     StageSettings,
     default_kernels,
-    default_settings,
     distil,
-    published_settings,
     weights_of,
 )
 from ..deltaconv.distil.own_samples import own_samples
@@ -24,7 +23,7 @@ from ..deltaconv.distil.report import DistilReport
 from ..deltaconv.families import FAMILIES
 from ..deltaconv.fit import check_fit
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
-from .distil import KERNELS
+from .distil import KERNELS, LOSSES
 from .distil_preview import LivePreview
 from .folders import SAMPLES, output_folder
 from .teacher import ComfyTeacher
@@ -95,8 +94,7 @@ def _settings(one):
         "eight_bit": one.get("eight_bit", False),
     }
     layers, joint = _stage(one, "layer"), _stage(one, "joint")
-    make = published_settings if one["losses"] == "published" else default_settings
-    return make(**{**common, "layers": layers, "joint": joint})
+    return PRESETS[LOSSES[one["losses"]]](**{**common, "layers": layers, "joint": joint})
 
 
 def _stage(one, name: str) -> StageSettings:

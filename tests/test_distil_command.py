@@ -12,9 +12,10 @@ import comfyui_deltaconv
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import demo, read_weights
+from comfyui_deltaconv.deltaconv.distil import PRESETS, code_settings, paper_settings
 from comfyui_deltaconv.development import DevelopmentError
-from comfyui_deltaconv.development.distil import read_config, read_folder, run
-from comfyui_deltaconv.development.distil_compare import _begun
+from comfyui_deltaconv.development.distil import chosen_settings, read_config, read_folder, run
+from comfyui_deltaconv.development.distil_compare import AUTHORS, _authors, _begun, _steps_within
 from comfyui_deltaconv.development.distil_demo import Pace, distil_demo, training_steps
 from PIL import Image
 
@@ -91,6 +92,37 @@ def test_configuration_problems_are_listed_together(tmp_path):
         read_config(path)
     for word in ("model", "size", "preset", "more"):
         assert word in str(error.value)
+
+
+def test_a_configuration_names_its_preset(tmp_path):
+    path = tmp_path / "x.yaml"
+    for name, preset in PRESETS.items():
+        path.write_text(f"preset: {name}\nsettings: {{joint: {{steps: 7}}}}\n", encoding="utf-8")
+        found = chosen_settings(read_config(path))
+        wanted = preset()
+        assert found.joint.steps == 7 and found.losses == wanted.losses
+        assert found.joint.weight_decay == wanted.joint.weight_decay
+        assert found.joint.decayed == wanted.joint.decayed and found.eight_bit == wanted.eight_bit
+
+
+def test_the_nodes_losses_are_presets():
+    from comfyui_deltaconv.nodes.distil import LOSSES
+
+    assert set(LOSSES.values()) <= set(PRESETS) and list(LOSSES)[:2] == ["ours", "published"]
+    assert PRESETS[LOSSES["published"]]().losses == paper_settings().losses
+    (code,) = (name for name in LOSSES if "authors' code" in name)
+    assert PRESETS[LOSSES[code]]().losses == code_settings("SD1.5").losses
+
+
+@pytest.mark.parametrize("preset", AUTHORS)
+def test_a_comparison_trains_with_the_preset_that_it_names(preset):
+    settings, own = _authors(preset, (0, 20), 2.0, 5), PRESETS[preset]()
+    assert settings.losses == own.losses and settings.init == "random" and settings.seed == 5
+    assert (settings.layers.steps, settings.joint.steps, settings.joint.lr) == (0, 20, 2e-3)
+    assert settings.joint.weight_decay == own.joint.weight_decay
+    assert settings.joint.decayed == own.joint.decayed
+    name = AUTHORS[preset]
+    assert _steps_within(60, name, {f"{name} joint": 2.0}) == (0, 30)
 
 
 @pytest.mark.parametrize("seconds", [0.005, 0.5, 5.0, 60.0])

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv.distil import (
+    PRESETS,
     Dataset,
     DistilError,
     DistilSettings,
     StageSettings,
-    default_settings,
     distil,
-    published_settings,
 )
 from comfyui_deltaconv.deltaconv.distil.data import draw
 from comfyui_deltaconv.deltaconv.distil.own_samples import own_samples
@@ -68,7 +67,7 @@ def mutated(value, rng, depth=0):
 def test_settings_are_read_or_refused(count):
     rng, refused = random.Random(0), 0
     for _ in range(count):
-        plain = mutated(rng.choice([default_settings, published_settings])().to_mapping(), rng)
+        plain = mutated(rng.choice(list(PRESETS.values()))().to_mapping(), rng)
         try:
             found = DistilSettings.from_mapping(plain)
         except DistilError as error:

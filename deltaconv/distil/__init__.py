@@ -1,6 +1,7 @@
 """Distillation: from a teacher's self-attention to ΔConvBlocks, on whatever host runs it."""
 
 from .data import Dataset, Trajectory
+from .presets import PRESETS, code_settings, default_settings, paper_settings
 from .record import Record, weights_of
 from .run import distil
 from .settings import (
@@ -8,12 +9,11 @@ from .settings import (
     DistilSettings,
     StageSettings,
     default_kernels,
-    default_settings,
-    published_settings,
 )
 from .teacher import Teacher, sample
 
 __all__ = [
+    "PRESETS",
     "Dataset",
     "DistilError",
     "DistilSettings",
@@ -21,10 +21,11 @@ __all__ = [
     "StageSettings",
     "Teacher",
     "Trajectory",
+    "code_settings",
     "default_kernels",
     "default_settings",
     "distil",
-    "published_settings",
+    "paper_settings",
     "sample",
     "weights_of",
 ]

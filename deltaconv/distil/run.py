@@ -346,5 +346,5 @@ class _Run:
         self.generator.set_state(self.rng)
         self.saved_number = self.number
         self.notes.append(f"resumed after {self.number} steps")
-        if progress.get("settings") != self.settings.to_mapping():
+        if not self.settings.matches(progress.get("settings")):
             self.notes.append("with other settings than it was begun with")

@@ -1,6 +1,7 @@
 """The blocks in training: float32 masters, their moving average, the optimiser and its guards."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,6 +9,9 @@ import torch
 from ..block import DeltaConvBlock
 from .settings import DistilError, DistilSettings, StageSettings
 from .state import eight_bit
+
+# Neither a depthwise kernel nor a bias, of a Linear or of a depthwise convolution.
+_LINEAR_WEIGHT = re.compile(r"(?:^|\.)conv_(?:up|out|pool)\.weight$")
 
 
 class Student:
@@ -88,12 +92,8 @@ class Optimiser:
         scaled: bool = False,
     ):
         self.student, self.stage, self.settings = student, stage, settings
-        self.adamw = _adamw(settings)(
-            student.parameters.values(),
-            lr=stage.lr,
-            betas=stage.betas,
-            weight_decay=stage.weight_decay,
-        )
+        groups = parameter_groups(student.parameters, stage)
+        self.adamw = _adamw(settings)(groups, lr=stage.lr, betas=stage.betas)
         scaled = scaled or settings.precision == "float16"
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=scaled)
         # Non-finite steps in a row, and what the guard has made of the rate.
@@ -183,6 +183,21 @@ class Optimiser:
                     **{entry: value.to(parameter.device) for entry, value in entries.items()},
                 }
         return True
+
+
+def parameter_groups(
+    parameters: Mapping[str, torch.nn.Parameter], stage: StageSettings
+) -> list[dict[str, object]]:
+    """The optimiser's groups: what the stage's weight decay acts on, and what it leaves alone."""
+    decayed, kept = [], []
+    for name, parameter in parameters.items():
+        acts = stage.decayed == "all" or _LINEAR_WEIGHT.search(name)
+        (decayed if acts else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": stage.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def take_weights(site: str, block: DeltaConvBlock, given: DeltaConvBlock) -> None:
