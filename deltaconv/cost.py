@@ -16,6 +16,25 @@ def attention_flops(dim: int, height: int, width: int) -> int:
     return 2 * (4 * tokens * dim**2 + 2 * tokens**2 * dim)
 
 
+def linfusion_flops(dim: int, heads: int, hidden: int, tokens: int) -> int:
+    """LinFusion's attention: four projections, two networks C → hidden → C, kᵀv and q·kᵀv."""
+    projections, networks = 4 * dim**2, 2 * 2 * dim * hidden
+    return 2 * tokens * (projections + networks + 2 * dim * (dim // heads))
+
+
+def paper_attention_operations(dim: int, tokens: int) -> int:
+    """One self-attention layer as arXiv 2504.21292 counts it: 4nC² + 4n²C + 4nC.
+
+    Recomputed from its table. The projections are in multiply-adds and the two products in single
+    operations, so it is held against nothing but that table.
+    """
+    return 4 * tokens * dim**2 + 4 * tokens**2 * dim + 4 * tokens * dim
+
+
+# What the paper's table has for the block at its largest size; no formula for it is known to us.
+PAPER_BLOCK_OPERATIONS = 1_589.10e9
+
+
 def block_flops(geometry: BlockGeometry, scales: Sequence[float], height: int, width: int) -> int:
     """One ΔConvBlock on one map: both projections, every scale's convolution, the pooled branch."""
     tokens, inner = height * width, geometry.dim // 2

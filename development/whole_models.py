@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ..deltaconv.cost import attention_flops, block_flops, halved
+from ..deltaconv.cost import (
+    PAPER_BLOCK_OPERATIONS,
+    attention_flops,
+    block_flops,
+    halved,
+    paper_attention_operations,
+)
 from ..deltaconv.families import FAMILIES, resolution_level
 from ..deltaconv.layout import BlockGeometry
 from ..kernels.bench import environment
@@ -77,7 +83,7 @@ MODELS = {
 
 
 def main(options) -> int:
-    report = {"flops": flops_table()} if options.flops else {}
+    report = {"flops": flops_table(), "headline": headline_table()} if options.flops else {}
     if options.comfyui:
         device = torch.device(options.device) if options.device else default_device()
         tree = Path(options.comfyui)
@@ -119,6 +125,30 @@ def flops_table() -> list[dict[str, float]]:
             blocks += block_flops(geometry, (1.0, 0.5), side, side)
         rows.append({"pixels": pixels, "attention": attention, "deltaconv": blocks})
         print(f"{pixels}² {attention:.3g} {blocks:.3g} {attention / blocks:.1f}")
+    return rows
+
+
+# Width, height in pixels, 8 of them to a token's side: the rows of the paper's table.
+_HEADLINE = ((512, 512), (1024, 1024), (3840, 2160), (15360, 8640))
+
+
+def headline_table() -> list[dict[str, object]]:
+    """The one layer behind the paper's 6929 ×, C = 640, by the paper's count and by ours, k = 9."""
+    dim, geometry, rows = 640, BlockGeometry(640, 9, 2), []
+    print("\nOne layer, C = 640: pixels, attention as the paper counts, as we do, ΔConv, ratio")
+    for across, down in _HEADLINE:
+        height, width = down // 8, across // 8
+        paper = paper_attention_operations(dim, height * width)
+        attention = attention_flops(dim, height, width)
+        block = block_flops(geometry, (1.0, 0.5), height, width)
+        rows.append({"pixels": [across, down], "tokens": height * width})
+        rows[-1] |= {"paper": paper, "attention": attention, "deltaconv": block}
+        counts = " ".join(f"{count / 1e9:.2f} G" for count in (paper, attention, block))
+        print(f"{across} × {down} {counts} {attention / block:.1f}")
+    print(
+        f"The paper divides {paper / 1e9:.2f} G by {PAPER_BLOCK_OPERATIONS / 1e9:.2f} G, which it "
+        f"states for its block: {paper / PAPER_BLOCK_OPERATIONS:.0f} ×."
+    )
     return rows
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_deltaconv.deltaconv import cost
+from comfyui_deltaconv.deltaconv.layout import BlockGeometry
 from comfyui_deltaconv.development import cpu_step
 from comfyui_deltaconv.kernels import bench, plot
 from comfyui_deltaconv.kernels.accuracy import distance
@@ -303,6 +305,57 @@ def test_flops_place_the_papers_headline(capsys, tmp_path):
         cells = (f"{row['pixels']}²", f"{row['attention']:.3g}", f"{row['deltaconv']:.3g}", ratio)
         assert "| " + " | ".join(cells) + " |" in readme
     assert "16384²" in capsys.readouterr().out
+
+
+def test_the_headline_is_recomputed_from_the_papers_own_formula(capsys, tmp_path):
+    path = tmp_path / "flops.json"
+    assert bench.main(["--flops", "--json", str(path)]) == 0
+    found = json.loads(path.read_text(encoding="utf-8"))["headline"]
+    by_size = {tuple(row["pixels"]): row for row in found}
+    largest = by_size[15360, 8640]
+    # n = 1920 · 1080 tokens of 640 channels: 4nC² + 4n²C + 4nC, in digits.
+    assert largest["tokens"] == 2_073_600
+    assert largest["paper"] == 3_397_386_240_000 + 11_007_531_417_600_000 + 5_308_416_000
+    assert f"{largest['paper'] / 1e9:,.2f}" == "11,010,934.11"
+    assert round(largest["paper"] / cost.PAPER_BLOCK_OPERATIONS) == 6929
+    digits = {(512, 512): "49.67", (1024, 1024): "714.08", (3840, 2160): "43,210.84"}
+    for pixels, wanted in digits.items():
+        assert f"{by_size[pixels]['paper'] / 1e9:,.2f}" == wanted
+    # Ours: two operations to a multiply-add on both sides.
+    n, c = 2_073_600, 640
+    assert largest["attention"] == 2 * (4 * n * c**2 + 2 * n**2 * c)
+    assert largest["deltaconv"] == 2 * (n * c**2 + c**2 + (n + n // 4) * 320 * 81)
+    readme = (Path(bench.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for row in found:
+        across, down = row["pixels"]
+        cells = [f"{across}²" if across == down else f"{across} × {down}"]
+        cells += [f"{row['tokens']:,}"]
+        cells += [f"{row[name] / 1e9:,.2f} G" for name in ("paper", "attention", "deltaconv")]
+        cells += [f"{row['attention'] / row['deltaconv']:,.0f}"]
+        assert ("| " + " | ".join(cells) + " |").replace(",", " ") in readme
+    assert "11010934.11 G" in (said := capsys.readouterr().out) and "6929 ×" in said
+
+
+def test_fewer_operations_than_linfusion_are_counted_and_not_timed():
+    ratios = {}
+    for row in rows.ROWS:
+        geometry = BlockGeometry(row.dim, row.kernel_size, 2)
+        block = cost.block_flops(geometry, rows.SCALES, row.side, row.side)
+        other = cost.linfusion_flops(row.dim, row.heads, row.linfusion, row.tokens)
+        ratios.setdefault(row.name.split()[0], []).append(other / block)
+    row = rows.ROWS[0]
+    # Multiply-adds of a token: q, k, v, out; two networks there and back; kᵀv and q·kᵀv by head.
+    by_hand = 4 * 320**2 + 2 * 2 * 320 * 320 + 2 * 320 * 40
+    assert cost.linfusion_flops(320, 8, 320, row.tokens) == 2 * 4096 * by_hand
+    small, large = ratios["SD1.5"], ratios["SDXL"] + ratios["PixArt"]
+    said = f"{min(small):.1f} to {max(small):.1f} × at SD1.5's rows, "
+    said += f"{min(large):.1f} to {max(large):.1f} × at SDXL's and PixArt's"
+    readme = (Path(bench.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert said in readme
+    # The paper's 5.42 is such a count; no row of times may be held against it.
+    other = (Path(bench.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in (readme + other).split("\n") if "5.42" in line]
+    assert len(lines) > 3 and all("operations" in line for line in lines)
 
 
 def test_the_demos_blocks_are_timed_against_how_they_were_first_written(
