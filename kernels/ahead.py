@@ -128,12 +128,23 @@ def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None
         yield from (*down, unpool)
 
 
+def published_launches(case: Case):
+    """The full level's convolution in the published style, at every tile that the bench tries."""
+    from .benchmark.published_kernels import TILES, plan
+
+    shape = (case.batch, case.height, case.width, case.dim // 2)
+    return [plan(shape, case.kernel_size, tile) for tile in TILES]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kernels.ahead", description=__doc__)
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=_NAMES.values(), default="fp16")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument(
+        "--published", action="store_true", help="the bench's contender in the published style"
+    )
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("expected to compile, got TRITON_INTERPRET=1. Unset it.")
@@ -145,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         for target in options.target or TARGETS:
             for name in options.case or CASES:
                 backward = not options.forward_only
-                for launch in launches(CASES[name], dtype, backward, SHARED[target]):
+                found = launches(CASES[name], dtype, backward, SHARED[target])
+                for launch in published_launches(CASES[name]) if options.published else found:
                     report = compile_launch(launch, dtype, target)
                     kernel, seconds, *rest = report
                     row = [target, name, kernel, f"{seconds:.1f}", *map(str, rest)]

@@ -160,6 +160,9 @@ def print_row(entry: dict) -> None:
     bound = max(value for value in entry["floors"].values() if value) * 1e6
     shape = f"C={entry['dim']} k={entry['kernel_size']} H=W={entry['side']}"
     print(f"{name}, {shape}, {entry['kind']}: {'; '.join(cells)}; floor {bound:.1f}", flush=True)
+    for contender, levels in entry.get("tiles", {}).items():
+        chosen = (f"{level['tile']} at {level['map'][1]}²" for level in levels)
+        print(f"    {contender}: tiles {', '.join(chosen)}", flush=True)
     for contender, reason in entry["left_out"].items():
         print(f"    {contender}: {reason}", flush=True)
 

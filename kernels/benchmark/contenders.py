@@ -14,7 +14,7 @@ from torch import nn
 from .. import pyramid_projection, pyramid_projection_definition
 from ..accuracy import Case, make_inputs
 from ..gated_pyramid import apply_gate, gated_pyramid_definition, pooled_size
-from .rows import SCALES, Row, Window
+from .rows import SCALES, Row, Window, side_of
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -22,7 +22,8 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 class Contender(NamedTuple):
     """`run` is timed; `exact`, in float64, is what it should give; their tensors are the weights.
 
-    `at(x, window)` is `exact` in one window of a map that is too large for all of it.
+    `at(x, window)` is `exact` in one window of a map that is too large for all of it. `tune(x)`,
+    where there is one, settles how this shape is run, before it is timed, and says what it chose.
     """
 
     run: Function
@@ -30,6 +31,7 @@ class Contender(NamedTuple):
     tensors: list[torch.Tensor]
     exact_tensors: list[torch.Tensor]
     at: Callable[[torch.Tensor, Window], torch.Tensor]
+    tune: Callable[[torch.Tensor], object] | None = None
 
 
 # Tokens that are widened to float64 at a time.
@@ -142,10 +144,22 @@ def from_torch(channels_last: bool):
     return _projected(gated_pyramid)
 
 
-def _published(*arguments):
-    from .published import gated_pyramid
+def _published(*arguments) -> Contender:
+    def op(*tensors):
+        from .published import gated_pyramid
 
-    return _projected(gated_pyramid)(*arguments)
+        return _projected(gated_pyramid)(*tensors)
+
+    contender = _block(op, *arguments)
+    up_weight, up_bias = contender.tensors[:2]
+
+    def tune(x):
+        from .published import tune
+
+        u = F.linear(x.unflatten(1, (side_of(x), -1)), up_weight, up_bias)
+        return tune(u, contender.tensors[6:], SCALES)
+
+    return contender._replace(tune=tune)
 
 
 def _projected(gated_pyramid):
@@ -192,7 +206,7 @@ def _block(op, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
 CONTENDERS: dict[str, Callable[..., Contender]] = {
     "attn1": lambda *a: _module(Attention, *a),
     "linfus": lambda *a: _module(LinFusion, *a),
-    "pub": lambda *a: _block(_published, *a),
+    "pub": _published,
     "nchw": lambda *a: _block(from_torch(channels_last=False), *a),
     "nhwc": lambda *a: _block(from_torch(channels_last=True), *a),
     "ours": lambda *a: _block(pyramid_projection, *a),

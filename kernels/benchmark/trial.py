@@ -31,12 +31,14 @@ Calls = Mapping[str, Callable[[], object]]
 def measure_forward(
     row: Row, batch: int, dtype: torch.dtype, device: torch.device, names, repeats: int
 ) -> dict:
-    """Eager and graph times, peak extra memory, reasons of those left out."""
+    """Eager and graph times, peak extra memory, reasons of those left out, tiles chosen."""
     x = random_input(row, batch, dtype, device)
-    calls, left_out = {}, {}
+    calls, left_out, tiles = {}, {}, {}
     own = reference = None
     for name, contender in _built(row, dtype, device, names, left_out):
         try:
+            if contender.tune:
+                tiles[name] = contender.tune(x)
             if problem := _too_long(lambda run=contender.run: run(x), device):
                 left_out[name] = problem
                 continue
@@ -55,7 +57,8 @@ def measure_forward(
         calls[name] = lambda run=contender.run: run(x)
     # What it was compared with must not count as anybody's memory.
     value = reference = None
-    return _timed(_ordered(calls, names), device, repeats, left_out)
+    tiles = {name: found for name, found in tiles.items() if name in calls}
+    return {"tiles": tiles} | _timed(_ordered(calls, names), device, repeats, left_out)
 
 
 def measure_training(
