@@ -107,7 +107,16 @@ def test_a_configuration_names_its_preset(tmp_path):
 
 def test_the_nodes_losses_are_presets():
     from comfyui_deltaconv.nodes.distil import LOSSES
+    from comfyui_deltaconv.nodes.distil_run import _settings
 
+    widgets = {"seed": 1, "save_every": 2, "precision": "float32", "initialisation": "random"}
+    widgets |= {"gradient_checkpointing": False, "batch_size": 2, "accumulate": 1}
+    for stage in ("layer", "joint"):
+        widgets |= {f"{stage}_steps": 3, f"{stage}_rate": 1e-3}
+    for name, preset in LOSSES.items():
+        found = _settings({**widgets, "losses": name, "eight_bit": True})
+        assert found.losses == PRESETS[preset]().losses and found.eight_bit
+        assert found.joint.steps == 3 and found.joint.lr == 1e-3
     assert set(LOSSES.values()) <= set(PRESETS) and list(LOSSES)[:2] == ["ours", "published"]
     assert PRESETS[LOSSES["published"]]().losses == paper_settings().losses
     (code,) = (name for name in LOSSES if "authors' code" in name)
