@@ -1,42 +1,34 @@
 """How a patched MODEL behaves in the real ComfyUI, on the real demo model and a small PixArt."""
 
 import gc
+import importlib.util
 import logging
 import math
 import re
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import DeltaConvBlock, WeightsError, demo, read_weights
+from comfyui_deltaconv.deltaconv import DeltaConvBlock, WeightsError
 from comfyui_deltaconv.deltaconv.weights import weights_of_blocks
 from safetensors.torch import load_file
 
+MODELS = Path(__file__).with_name("patched_models.py")
+spec = importlib.util.spec_from_file_location("patched_models", MODELS)
+models = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(models)
+apply, lora, sample, sample_pixart = (
+    models.apply,
+    models.lora,
+    models.sample,
+    models.sample_pixart,
+)
+as_comfyui_runs_nodes, base, weights = models.as_comfyui_runs_nodes, models.base, models.weights
+pixart, pixart_weights = models.pixart, models.pixart_weights
+
 pytestmark = pytest.mark.usefixtures("comfy")
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy):
-    with torch.inference_mode():
-        yield
-    import comfy.model_management
-
-    # Dead models first: 0.18.2 counts its list of loaded models wrong where one dies meanwhile.
-    gc.collect()
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def base(comfy):
-    from comfyui_deltaconv.nodes.demo_model import load_demo_model
-
-    return load_demo_model()
-
-
-@pytest.fixture
-def weights():
-    return read_weights(demo.DELTACONV_PATH)
 
 
 @pytest.fixture
@@ -46,26 +38,6 @@ def other_weights(weights):
     for block in blocks.values():
         block.conv_out.weight.mul_(0.5)
     return weights_of_blocks(blocks, family=weights.family)
-
-
-def apply(model, weights, **inputs):
-    """(MODEL, report) of the node itself."""
-    from comfyui_deltaconv.nodes.apply import DeltaConvApply
-
-    return DeltaConvApply.execute(model, weights, **inputs).args
-
-
-def sample(model, size=(24, 16), batch=1, steps=2, cfg=4.0, prompt="red apple"):
-    """A latent by ComfyUI's own sampling; size is height, width."""
-    import comfy.sample
-
-    encoder = demo.text_encoder()
-    positive, negative = ([[encoder.encode(text), {}]] for text in (prompt, ""))
-    latent = torch.zeros(batch, 3, *size)
-    noise = comfy.sample.prepare_noise(latent, 1)
-    return comfy.sample.sample(
-        model, noise, steps, cfg, "euler", "normal", positive, negative, latent, seed=1
-    )
 
 
 def eps(model, data):
@@ -141,21 +113,6 @@ def test_the_blocks_go_with_the_clone(base, weights, caplog):
     assert module() is None
     sample(base)
     assert "memory leak" not in caplog.text
-
-
-def lora(base, part, rank=4):
-    """A real LoRA on one part of every transformer block, through ComfyUI's own loader."""
-    import comfy.sd
-
-    torch.manual_seed(0)
-    state = {}
-    for name, parameter in base.model.named_parameters():
-        if part in name and name.endswith("weight") and parameter.ndim == 2:
-            key = name.removesuffix(".weight")
-            state[f"{key}.lora_up.weight"] = torch.randn(parameter.shape[0], rank) * 0.3
-            state[f"{key}.lora_down.weight"] = torch.randn(rank, parameter.shape[1]) * 0.3
-    assert state
-    return lambda model: comfy.sd.load_lora_for_models(model, None, state, 1.0, 1.0)[0]
 
 
 @pytest.mark.parametrize("order", ["lora first", "blocks first"])
@@ -502,53 +459,6 @@ def test_what_was_not_timed_is_said(base, weights, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         sample(apply(base, weights, when="where faster")[0], size=(8, 8), steps=1)
     assert re.search(r"[1-9] of these layers and shapes were not timed, but judged", caplog.text)
-
-
-@pytest.fixture
-def pixart(comfy):
-    """A small real PixArt with random weights."""
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = comfy.supported_models.PixArtSigma(
-        {
-            "image_model": "pixart_sigma",
-            "depth": 3,
-            "hidden_size": 48,
-            "num_heads": 4,
-            "input_size": 16,
-            "micro_condition": False,
-            "caption_channels": 32,
-            "model_max_length": 8,
-            "pe_interpolation": 1,
-        }
-    )
-    model = config.get_model({}, "", device="cpu")
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.1)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
-
-
-@pytest.fixture
-def pixart_weights():
-    torch.manual_seed(1)
-    blocks = {f"blocks.{i}.attn": DeltaConvBlock(48, 5, gate="sigmoid") for i in range(3)}
-    return weights_of_blocks(blocks)
-
-
-def sample_pixart(model, size=(36, 48), steps=2):
-    import comfy.sample
-
-    torch.manual_seed(2)
-    context = torch.randn(1, 8, 32)
-    latent = torch.zeros(1, 4, *size)
-    noise = comfy.sample.prepare_noise(latent, 1)
-    condition = [[context, {}]]
-    return comfy.sample.sample(
-        model, noise, steps, 3.0, "euler", "normal", condition, condition, latent, seed=1
-    )
 
 
 def test_pixart_alternates_bit_for_bit(pixart, pixart_weights):
