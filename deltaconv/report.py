@@ -37,7 +37,7 @@ class ApplicationFacts:
     latent_size: tuple[int, int] | None
     map_size: Callable[[str, int, int], tuple[int, int]]
     earlier: bool
-    inert: str
+    inert: tuple[str, ...]
     where_faster: bool = False
     chosen: Mapping[tuple[str, tuple[int, int, int]], Choice] = field(default_factory=dict)
 
@@ -60,9 +60,47 @@ def application_report(facts: ApplicationFacts) -> str:
         lines.extend(choices_report(facts.chosen) or [_UNDECIDED])
     if facts.earlier:
         lines.append("the model carried ΔConvBlocks already; these take their place")
-    if facts.inert:
-        lines.append(facts.inert)
+    lines.extend(facts.inert)
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Inert:
+    """What other nodes did to replaced layers without effect there, in numbers.
+
+    `weights` counts patches by what made them, `modules` exchanged parts of layers; `attention`
+    and `covered` count layers whose attention, or the layer itself, another node takes over.
+    """
+
+    weights: Mapping[str, int]
+    modules: int
+    attention: int
+    covered: int
+    replaced: int
+
+
+def inert_sentences(inert: Inert) -> dict[str, str]:
+    """Kind → one sentence on it, for what there is."""
+    inside = dict(inert.weights)
+    if inert.modules:
+        inside["object patches of another node"] = inert.modules
+    sentences = {
+        kind: f"{count} {kind} on replaced self-attention layers have no effect where blocks run; "
+        "what lies on other layers works"
+        for kind, count in inside.items()
+    }
+    layers = f"of the {inert.replaced} replaced self-attention layers"
+    if inert.attention:
+        sentences["attention"] = (
+            f"in {inert.attention} {layers} another node replaces the attention (an attn1 replace "
+            "patch, as of StyleAligned): no block runs there; take that node off to use them"
+        )
+    if inert.covered:
+        sentences["covered"] = (
+            f"in {inert.covered} {layers} another node put a module or forward of its own over the "
+            "block: it runs only where that calls it; connect Apply ΔConv after that node"
+        )
+    return sentences
 
 
 def choices_report(chosen: Mapping[tuple[str, tuple[int, int, int]], Choice]) -> list[str]:

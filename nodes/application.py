@@ -3,16 +3,18 @@
 import logging
 import operator
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from comfy.hooks import EnumHookType
 from comfy.model_patcher import ModelPatcher
 
 from ..deltaconv import DeltaConvBlock
 from ..deltaconv.choice import BUDGET, Choice, Choices, Size
 from ..deltaconv.report import choices_report
+from .inert import inert_parts
 from .sites import ModelSites, Site
 
 log = logging.getLogger(__name__)
@@ -123,18 +125,23 @@ class Application:
         finally:
             self._run.acts = before
 
-    def before_sampling(self, patcher: ModelPatcher) -> None:
-        """ON_PRE_RUN callback: a LoRA may have come after the blocks were applied."""
-        if sentence := self.inert_patches(patcher):
-            self.say_once("lora", sentence)
+    def around_sampling(self, executor, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: hooks of the conditioning may bring patches for this run alone."""
+        guider = executor.class_obj
+        hooks = guider.model_options.get("registered_hooks")
+        own = hooks.get_type(EnumHookType.TransformerOptions) if hooks else []
+        options = [guider.model_options.get("transformer_options", {})]
+        options += [hook.transformers_dict for hook in own]
+        self.say_inert(guider.model_patcher, options)
+        return executor(*args, **kwargs)
 
-    def inert_patches(self, patcher: ModelPatcher) -> str:
-        """A sentence on weight patches, as of a LoRA, that replaced layers cannot show; or ""."""
-        sites = self.model_sites.sites
-        prefixes = tuple(sites[site].weight_prefix for site in self.replaced)
-        if not (count := sum(key.startswith(prefixes) for key in patcher.patches)):
-            return ""
-        return (
-            f"{count} LoRA patches on replaced self-attention layers have no effect: those layers "
-            "do not run. The LoRA's other patches work."
-        )
+    def before_sampling(self, patcher: ModelPatcher) -> None:
+        """ON_PRE_RUN callback: other nodes may have come after the blocks were applied."""
+        self.say_inert(patcher)
+
+    def say_inert(self, patcher: ModelPatcher, options: Sequence[Mapping] = ()) -> None:
+        """Say each kind of what has no effect on replaced layers once."""
+        for kind, sentence in inert_parts(
+            patcher, self.model_sites, self.replaced, options
+        ).items():
+            self.say_once(kind, f"ΔConv: {sentence}")

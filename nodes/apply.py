@@ -6,6 +6,7 @@ from ..deltaconv.fit import check_fit, select_sites
 from ..deltaconv.report import ApplicationFacts, application_report
 from ..kernels import GATES
 from .application import Application
+from .inert import inert_parts
 from .patch import attach, choose_ways, compute_dtype, is_patched, load_blocks
 from .sites import find_sites
 from .types import CATEGORY, DeltaConv
@@ -136,7 +137,7 @@ class DeltaConvApply(io.ComfyNode):
             latent_size=size,
             map_size=model_sites.map_size,
             earlier=is_patched(model),
-            inert=application.inert_patches(patched),
+            inert=tuple(inert_parts(patched, model_sites, replaced).values()),
             where_faster=application.where_faster,
             chosen=application.chosen,
         )

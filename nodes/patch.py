@@ -103,6 +103,7 @@ def attach(
     rebind = functools.partial(_rebind, application)
     for event in _CLONE_EVENTS:
         patched.add_callback_with_key(event, KEY, rebind)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, application.around_sampling)
     if application.percent_range is not None:
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, application.around_model_call)
     _bind(patched, application, application.replaced)
@@ -156,7 +157,8 @@ def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Model
     clone.remove_additional_models(KEY)
     for event in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP, *_CLONE_EVENTS):
         clone.remove_callbacks_with_key(event, KEY)
-    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+        clone.remove_wrappers_with_key(wrapper, KEY)
     for name, forward in list(clone.object_patches.items()):
         if binding := getattr(forward, "deltaconv", None):
             del clone.object_patches[name]
