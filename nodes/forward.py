@@ -26,11 +26,12 @@ def unet_forward(
     block has no map to work on: plain attention runs, and one warning says so.
     """
 
-    def forward(x, context=None, value=None, mask=None, transformer_options=None):
-        options = {} if transformer_options is None else transformer_options
+    def forward(x, *arguments, **named):
+        context, value, mask, options = _unet_arguments(*arguments, **named)
 
         def attend():
-            return original(x, context=context, value=value, mask=mask, transformer_options=options)
+            # As it was called: a module that another node put here need not know every argument.
+            return original(x, *arguments, **named)
 
         if application.acts and (convolution := block()):
             batch, _, height, width = options.get("activations_shape", (0, 0, 0, 0))
@@ -53,9 +54,11 @@ def pixart_forward(
 ) -> Callable:
     """Forward of PixArt's attn: x [B, N, C] → [B, N, C]; HW is the size of the latent."""
 
-    def forward(x, mask=None, HW=None, block_id=None):
+    def forward(x, *arguments, **named):
+        mask, HW = _pixart_arguments(*arguments, **named)
+
         def attend():
-            return original(x, mask=mask, HW=HW, block_id=block_id)
+            return original(x, *arguments, **named)
 
         if application.acts and (convolution := block()):
             # Without HW the module itself takes the map to be square.
@@ -68,6 +71,16 @@ def pixart_forward(
         return attend()
 
     return forward
+
+
+def _unet_arguments(context=None, value=None, mask=None, transformer_options=None):
+    """What a UNet's attn1 is called with after x, by name or place."""
+    return context, value, mask, {} if transformer_options is None else transformer_options
+
+
+def _pixart_arguments(mask=None, HW=None, block_id=None):
+    """What of PixArt's attn arguments after x matters to a block, by name or place."""
+    return mask, HW
 
 
 def _no_map(site: Site, x: torch.Tensor, expected: tuple[int, ...], own: bool) -> str:

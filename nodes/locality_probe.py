@@ -19,6 +19,7 @@ from ..deltaconv.locality import (
 from ..deltaconv.locality_grid import GridMaps, grid_queries
 from ..deltaconv.locality_plan import LocalityPlan, query_index
 from .application import Application
+from .foreign import restore_in_reverse
 from .forward import Block, pixart_forward, unet_forward
 from .patch import compute_dtype, detach, load_blocks, original_forward
 from .sites import ModelSites, Site
@@ -108,6 +109,7 @@ def probed(
     Blocks of `weights` are attached for their sites to run when the probe asks for them.
     """
     clone = detach(model)
+    restore_in_reverse(clone)
     blocks = None
     if weights is not None:
         patcher = load_blocks(weights, weights.sites, weights.gate, compute_dtype(model))

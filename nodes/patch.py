@@ -12,13 +12,12 @@ from weakref import ReferenceType, ref
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.patcher_extension
-import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..deltaconv import DeltaConvBlock, DeltaConvWeights
 from .application import Application
+from .foreign import restore_in_order, restore_in_reverse, stock_forward
 from .forward import pixart_forward, unet_forward
 from .operations import LendingCast
 
@@ -106,6 +105,7 @@ def attach(
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, application.around_sampling)
     if application.percent_range is not None:
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, application.around_model_call)
+    restore_in_reverse(patched)
     _bind(patched, application, application.replaced)
     return patched
 
@@ -159,11 +159,14 @@ def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Model
         clone.remove_callbacks_with_key(event, KEY)
     for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
         clone.remove_wrappers_with_key(wrapper, KEY)
+    restore_in_order(clone)
     for name, forward in list(clone.object_patches.items()):
         if binding := getattr(forward, "deltaconv", None):
-            del clone.object_patches[name]
             if binding.chained:
-                clone.add_object_patch(name, binding.original)
+                # In its place: what another node put on later may lie over it.
+                clone.object_patches[name] = binding.original
+            else:
+                del clone.object_patches[name]
     return clone
 
 
@@ -210,6 +213,4 @@ def original_forward(patcher: comfy.model_patcher.ModelPatcher, key: str):
         forward = binding.original if binding.chained else None
     if forward is not None:
         return forward, True
-    # While any clone is loaded, the model's own forward is in the backup that clones share.
-    forward = patcher.object_patches_backup.get(key)
-    return forward or comfy.utils.get_attr(patcher.model, key), False
+    return stock_forward(patcher, key), False

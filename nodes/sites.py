@@ -7,6 +7,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..deltaconv.cost import halved
 from ..deltaconv.families import families_of, resolution_level
+from .foreign import restore_modules
 
 # Attention over text and image tokens at once: no module in them sees the image alone.
 _JOINT = {
@@ -78,6 +79,7 @@ def find_sites(model: ModelPatcher) -> ModelSites:
 
     Raises ValueError, in one sentence that says why, for models that have none.
     """
+    restore_modules(model)
     diffusion_model = model.model.diffusion_model
     for finder in (_unet_sites, _pixart_sites):
         if sites := finder(model, diffusion_model):

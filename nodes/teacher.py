@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..deltaconv.distil.offsets import Projections
 from .encoded import EncodedConditions
+from .foreign import restore_in_reverse
 from .patch import detach, original_forward
 from .sites import (
     ModelSites,
@@ -41,6 +42,7 @@ class ComfyTeacher:
         clone = detach(model)
         if differentiable:
             clone = self._differentiable(clone)
+        restore_in_reverse(clone)
         self.patcher = clone
         self.device = torch.device(clone.load_device)
         self._visit = self._features = None
