@@ -131,7 +131,7 @@ class Application:
         hooks = guider.model_options.get("registered_hooks")
         own = hooks.get_type(EnumHookType.TransformerOptions) if hooks else []
         options = [guider.model_options.get("transformer_options", {})]
-        options += [hook.transformers_dict for hook in own]
+        options += [hook.transformers_dict or {} for hook in own]
         self.say_inert(guider.model_patcher, options)
         return executor(*args, **kwargs)
 

@@ -1,8 +1,8 @@
 """What other nodes did to replaced layers: without effect there, or in the blocks' way."""
 
-import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassInjectionManager, WeightAdapterBase
@@ -72,13 +72,13 @@ def _kind(patch: object) -> str:
     return "weight patches"
 
 
-def _bypassed(inject) -> Iterator[str]:
-    """Names of the modules that ComfyUI's bypass LoRA wraps; its injection says so to itself."""
-    if not inspect.isfunction(inject):
-        return
-    for value in inspect.getclosurevars(inject).nonlocals.values():
-        if isinstance(value, BypassInjectionManager):
-            yield from value.adapters
+def _bypassed(inject: Callable) -> Iterator[str]:
+    """Names of the modules that ComfyUI's bypass LoRA wraps: its injection has them enclosed."""
+    for cell in getattr(inject, "__closure__", None) or ():
+        # A cell may be empty still.
+        with suppress(ValueError):
+            if isinstance(cell.cell_contents, BypassInjectionManager):
+                yield from cell.cell_contents.adapters
 
 
 def _is_taken(path: str, taken: set) -> bool:
