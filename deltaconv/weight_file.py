@@ -17,22 +17,27 @@ and other weights beside them, and say nothing more.
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..kernels import GATES
 from .families import FAMILIES, families_of
 from .layout import BlockGeometry, default_scales, read_geometry
-from .weight_keys import network_order, own_keys, published_keys
-from .weights import DeltaConvWeights, WeightsError
+from .weight_header import Header, named, open_tensors, quoted, read_header, shortened
+from .weight_keys import Blocks, network_order, own_keys, published_keys, refuse_published
+from .weights import DeltaConvWeights, WeightsError, require_finite
 
 FORMAT = "1"
 _DTYPES = {"F16", "BF16", "F32", "F64"}
+# In characters. What the metadata say of sites and training is JSON; SDXL's 70 sites take 8 000.
+_LONGEST_RECORD = 1 << 20
+_LONGEST_NAME = 300
+# Three times what a block of eight scales has.
+_MOST_TENSORS_OF_A_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,13 @@ class _FileTensors(Mapping):
     keys_by_name: Mapping[str, str]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with _open(self.path) as file:
+        with open_tensors(self.path) as file:
             return file.get_tensor(self.keys_by_name[name])
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """All tensors of the site, with the file opened once."""
+        with open_tensors(self.path) as file:
+            return {name: file.get_tensor(key) for name, key in self.keys_by_name.items()}.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_by_name)
@@ -53,32 +63,40 @@ class _FileTensors(Mapping):
         return len(self.keys_by_name)
 
 
-def read_weights(path: str | os.PathLike) -> DeltaConvWeights:
+def read_weights(path: str | os.PathLike, *, finite: bool = False) -> DeltaConvWeights:
     """Weights of a safetensors file, our own or published; reads the header, tensors on access.
 
-    Raises WeightsError where the file is no safetensors file, is damaged, holds no blocks or
-    malformed ones, or says something of itself that its tensors contradict.
+    With `finite` every tensor of a block is read once, one at a time, and NaN or infinite values
+    are refused here rather than on access. Raises WeightsError where the file is no safetensors
+    file, is damaged, holds no blocks or malformed ones, or says something of itself that its
+    tensors contradict.
     """
     path = Path(path)
-    with _open(path) as file:
-        metadata = file.metadata() or {}
-        header = {key: file.get_slice(key) for key in file.keys()}
-        shapes = {key: tuple(entry.get_shape()) for key, entry in header.items()}
-        dtypes = {key: entry.get_dtype() for key, entry in header.items()}
-    published = published_keys(shapes, path.name)
-    by_site = published or own_keys(shapes)
+    header = read_header(path)
+    by_site, note = published_keys(header.shapes, path.name)
+    published = bool(by_site)
+    if not published:
+        by_site = own_keys(header.shapes)
+        if "deltaconv.format" not in header.metadata:
+            refuse_published(by_site, path.name)
     if not by_site:
         raise WeightsError(
-            f"Expected ΔConv blocks in {path.name}, got {len(shapes)} tensors and none of a block"
-            f"{_example(shapes)}. Is this a checkpoint or a LoRA? ΔConv files have names such as "
-            "….conv1.conv_up.weight."
+            f"Expected ΔConv blocks in {path.name}, got {len(header.shapes)} tensors and none of a "
+            f"block{_example(header.shapes)}. Is this a checkpoint or a LoRA? ΔConv files have "
+            "names such as ….conv1.conv_up.weight."
         )
-    sites = _geometries(by_site, shapes, dtypes, path)
-    tensors = {site: _FileTensors(path, keys) for site, keys in by_site.items()}
-    description = _describe(metadata, sites, path.name)
+    sites = _geometries(by_site, header, path.name)
+    description = _describe(header.metadata, sites, path.name)
     if published and not description["base_model"]:
         description["base_model"] = _published_base(sites, path.name)
-    return DeltaConvWeights(sites=sites, tensors=tensors, source=path.name, **description)
+    source = f"{path.name} ({note})" if note else path.name
+    if finite:
+        with open_tensors(path) as file:
+            for site in sites:
+                tensors = ((name, file.get_tensor(key)) for name, key in by_site[site].items())
+                require_finite(site, tensors, source)
+    tensors = {site: _FileTensors(path, keys) for site, keys in by_site.items()}
+    return DeltaConvWeights(sites=sites, tensors=tensors, source=source, **description)
 
 
 def write_weights(
@@ -111,51 +129,36 @@ def write_weights(
         "deltaconv.base_model": weights.base_model,
         "deltaconv.training": json.dumps(dict(weights.training)),
     }
+    if long := [key for key, text in metadata.items() if len(text) > _LONGEST_RECORD]:
+        raise WeightsError(
+            f"Expected at most {_LONGEST_RECORD} characters of metadata, got more in "
+            f"{', '.join(long)}, which could not be read again. Keep less of it."
+        )
     write_atomically(tensors, metadata, path, overwrite)
     return path
 
 
-def _open(path: Path) -> safe_open:
-    """The opened file; every way in which it is no safetensors file becomes one WeightsError."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(16)
-        # Told apart by name, and never opened: unpickling runs whatever the file says. The length
-        # that a safetensors file begins with can have the same bytes; its header follows.
-        if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-            raise WeightsError(
-                f"Expected a safetensors file, got a pickle (.pt, .ckpt) in {path.name}. Pickles "
-                "can run code and are never opened; convert it to safetensors first."
-            )
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise WeightsError(
-            f"Expected a safetensors file, got {path.name} whose header cannot be trusted "
-            f"({error}). It is another format, or was cut short: get it again."
-        ) from error
-    except OSError as error:
-        raise WeightsError(f"Cannot read {path}: {error.strerror or error}.") from error
-
-
-def _geometries(
-    by_site: Mapping[str, Mapping[str, str]],
-    shapes: Mapping[str, tuple],
-    dtypes: Mapping[str, str],
-    path: Path,
-) -> dict[str, BlockGeometry]:
+def _geometries(by_site: Blocks, header: Header, name: str) -> dict[str, BlockGeometry]:
     """Site path → geometry, in a stable order; raises WeightsError naming the first bad block."""
     sites = {}
     for site in sorted(by_site, key=network_order):
         keys = by_site[site]
-        if alien := sorted({dtypes[key] for key in keys.values()} - _DTYPES):
+        if len(keys) > _MOST_TENSORS_OF_A_BLOCK:
+            raise WeightsError(
+                f"{shortened(site)} of {name}: expected the tensors of a ΔConvBlock, got "
+                f"{len(keys)} ({named(keys)}). Get the file again."
+            )
+        if alien := sorted({header.dtypes[key] for key in keys.values()} - _DTYPES):
             raise WeightsError(
                 f"Expected ΔConv weights in {', '.join(sorted(_DTYPES))}, got {', '.join(alien)} "
-                f"in {site} of {path.name}. Save them in one of these."
+                f"in {shortened(site)} of {name}. Save them in one of these."
             )
         try:
-            sites[site] = read_geometry({name: shapes[key] for name, key in keys.items()})
+            sites[site] = read_geometry({part: header.shapes[key] for part, key in keys.items()})
         except ValueError as error:
-            raise WeightsError(f"{site} of {path.name}: {error}") from error
+            raise WeightsError(
+                f"{shortened(site)} of {name}: {shortened(str(error), 1000)}"
+            ) from error
     return sites
 
 
@@ -166,7 +169,8 @@ def _published_base(sites: Mapping[str, BlockGeometry], name: str) -> str:
         site, geometry = next(iter(sites.items()))
         raise WeightsError(
             f"Expected blocks of {', '.join(f.title for f in FAMILIES.values())} in {name}, got "
-            f"{len(sites)} that fit none of them (the first: {site} with {geometry.dim} channels)."
+            f"{len(sites)} that fit none of them (the first: {shortened(site)} with {geometry.dim} "
+            "channels)."
         )
     return next((family.published_base for family in fits if family.published_base), "")
 
@@ -178,8 +182,8 @@ def _describe(
 
     def refuse(expected: str, got: object) -> WeightsError:
         return WeightsError(
-            f"Expected {expected} in the metadata of {name}, got {got!r}. It was written by a "
-            "newer version or changed by hand: get the file again, or update this pack."
+            f"Expected {expected} in the metadata of {name}, got {quoted(got)}. It was written by "
+            "a newer version or changed by hand: get the file again, or update this pack."
         )
 
     version = metadata.get("deltaconv.format", FORMAT)
@@ -187,6 +191,8 @@ def _describe(
         raise refuse(f"format version {FORMAT}", version)
     fits = families_of({site: geometry.dim for site, geometry in sites.items()})
     family = metadata.get("deltaconv.family", "")
+    if len(family) > _LONGEST_NAME:
+        raise refuse(f"a family of at most {_LONGEST_NAME} characters", family)
     known = FAMILIES.get(family) or (fits[0] if fits else None)
     gate = metadata.get("deltaconv.gate") or (known.gate if known else "scaled")
     if gate not in GATES:
@@ -196,18 +202,20 @@ def _describe(
     for site, geometry in sites.items():
         record = records.get(site, {})
         if not isinstance(record, dict):
-            raise refuse(f"kernel and scales of {site}", record)
+            raise refuse(f"kernel and scales of {shortened(site)}", record)
         if (kernel := record.get("kernel", geometry.kernel_size)) != geometry.kernel_size:
-            raise refuse(f"kernel {geometry.kernel_size} for {site}, as its tensors have", kernel)
+            expected = f"kernel {geometry.kernel_size} for {shortened(site)}, as its tensors have"
+            raise refuse(expected, kernel)
         values = record.get("scales") or default_scales(geometry.num_scales)
         if not _are_scales(values, geometry.num_scales):
-            raise refuse(f"{geometry.num_scales} scales in (0, 1] for {site}", values)
+            expected = f"{geometry.num_scales} scales in (0, 1] for {shortened(site)}"
+            raise refuse(expected, values)
         scales[site] = tuple(float(value) for value in values)
     return {
         "gate": gate,
         "scales": scales,
         "family": family,
-        "base_model": metadata.get("deltaconv.base_model", ""),
+        "base_model": shortened(metadata.get("deltaconv.base_model", ""), _LONGEST_NAME),
         "training": _json_object(metadata, "deltaconv.training", refuse),
     }
 
@@ -222,17 +230,19 @@ def _are_scales(values: object, count: int) -> bool:
 
 def _json_object(metadata: Mapping[str, str], key: str, refuse) -> dict:
     text = metadata.get(key, "{}")
+    if len(text) > _LONGEST_RECORD:
+        raise refuse(f"at most {_LONGEST_RECORD} characters under {key}", text)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise refuse(f"JSON under {key}", text[:80]) from None
+        raise refuse(f"JSON under {key}", text) from None
     if not isinstance(value, dict):
-        raise refuse(f"a JSON object under {key}", text[:80])
+        raise refuse(f"a JSON object under {key}", text)
     return value
 
 
 def _example(shapes: Mapping[str, tuple]) -> str:
-    return f" (the first is {next(iter(shapes))})" if shapes else ""
+    return f" (the first is {named(list(shapes)[:1])})" if shapes else ""
 
 
 def write_atomically(
