@@ -1,5 +1,6 @@
 """Where ΔConv files are looked for and written."""
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import folder_paths
 
 FOLDER = "deltaconv"
+# The Hugging Face repository of the method's authors.
+PUBLISHED = "7eu7d7/ConvFusion"
+# Offered where there is no file: an empty list shows as "undefined", and nothing is sent for it.
+NO_FILE = "none: put one into models/deltaconv"
 # Below output/deltaconv/distillation, beside the folders of states.
 SAMPLES = "samples"
 # What a distillation keeps, by the last two parts of its name.
@@ -14,13 +19,20 @@ _KEPT = re.compile(rf"distillation[/\\](.+[/\\]state-\d+|{SAMPLES}[/\\]samples-.
 
 
 def register_folders() -> None:
-    """Make `models/deltaconv` and `output/deltaconv` known, behind what extra_model_paths named."""
+    """Make `models/deltaconv` and `output/deltaconv` known, behind what extra_model_paths named.
+
+    The first is created, for a person to find; an installation that is read-only goes without.
+    """
     models = os.path.join(folder_paths.models_dir, FOLDER)
     folder_paths.add_model_folder_path(FOLDER, models)
     folder_paths.add_model_folder_path(FOLDER, output_folder())
     # An empty set of extensions would list every file there is.
     folder_paths.folder_names_and_paths[FOLDER][1].clear()
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+    try:
+        os.makedirs(models, exist_ok=True)
+    except OSError as error:
+        logging.warning("ΔConv: cannot create %s (%s); going on without it.", models, error)
 
 
 def output_folder() -> str:
@@ -33,12 +45,19 @@ def list_files() -> list[str]:
     return [name for name in folder_paths.get_filename_list(FOLDER) if not _KEPT.fullmatch(name)]
 
 
+def offered_files() -> list[str]:
+    """What a node offers for choice: the files, or where to put one while there is none."""
+    return list_files() or [NO_FILE]
+
+
 def find_file(name: str) -> Path:
     """The path of a listed file; raises FileNotFoundError that says where files belong."""
-    if path := folder_paths.get_full_path(FOLDER, name):
+    if name != NO_FILE and (path := folder_paths.get_full_path(FOLDER, name)):
         return Path(path)
     folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
+    got = "no choice of one" if name in ("", NO_FILE) else f"{name!r}, which is not there"
     raise FileNotFoundError(
-        f"Expected a ΔConv file in {folders}, got {name!r}, which is not there. Put the "
-        ".safetensors file there and refresh the page."
+        f"Expected a ΔConv file in {folders}, got {got}. Put the .safetensors file there, press R "
+        "to refresh the page's lists, and choose it. Published ones are on Hugging Face, in "
+        f"{PUBLISHED}; the README of this pack says which is for which model."
     )

@@ -6,12 +6,12 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..deltaconv import read_weights, write_weights
-from .folders import FOLDER, find_file, list_files, output_folder
+from .folders import FOLDER, PUBLISHED, find_file, offered_files, output_folder
 from .types import CATEGORY, DeltaConv
 
 
 class DeltaConvLoad(io.ComfyNode):
-    """A file of the folder `deltaconv` → DELTACONV; only its header is read here."""
+    """A file of the folder `deltaconv` → DELTACONV; its blocks are checked, not kept in memory."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,16 +25,20 @@ class DeltaConvLoad(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=list_files(),
+                    options=offered_files(),
                     tooltip="A .safetensors file in models/deltaconv (or a folder that "
-                    "extra_model_paths.yaml names deltaconv) or in output/deltaconv.",
+                    "extra_model_paths.yaml names deltaconv) or in output/deltaconv. Published "
+                    f"ones are on Hugging Face, in {PUBLISHED}.",
                 )
             ],
             outputs=[DeltaConv.Output(display_name="deltaconv")],
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None = "") -> bool | str:
+        # A linked name is not known yet.
+        if file is None:
+            return True
         try:
             find_file(file)
         except FileNotFoundError as error:
@@ -49,7 +53,7 @@ class DeltaConvLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(read_weights(find_file(file)))
+        return io.NodeOutput(read_weights(find_file(file), finite=True))
 
 
 class DeltaConvSave(io.ComfyNode):

@@ -37,6 +37,61 @@ def test_folders_come_behind_those_that_were_named(folders):
     assert extensions == {".safetensors"}
 
 
+def test_the_folder_for_downloads_is_made(folders):
+    assert (folders / "models" / "deltaconv").is_dir()
+
+
+def test_an_installation_that_cannot_be_written_loads_all_the_same(folders, monkeypatch, caplog):
+    import folder_paths
+    from comfyui_deltaconv.nodes.folders import register_folders
+
+    blocked = folders / "blocked"
+    blocked.write_bytes(b"a file where the folder should be")
+    monkeypatch.setattr(folder_paths, "models_dir", str(blocked))
+    register_folders()
+    assert str(blocked / "deltaconv") in caplog.text and "going on without it" in caplog.text
+    assert str(blocked / "deltaconv") in folder_paths.folder_names_and_paths["deltaconv"][0]
+
+
+def test_an_empty_list_says_where_files_belong_until_there_is_one(folders):
+    from comfyui_deltaconv.nodes.load_save import DeltaConvLoad
+
+    def options():
+        (file,) = DeltaConvLoad.define_schema().inputs
+        return file.options
+
+    assert options() == ["none: put one into models/deltaconv"]
+    sentence = DeltaConvLoad.validate_inputs(*options())
+    assert "got no choice of one" in sentence and "7eu7d7/ConvFusion" in sentence
+    path = folders / "models" / "deltaconv" / "a.safetensors"
+    path.write_bytes(demo.DELTACONV_PATH.read_bytes())
+    assert options() == ["a.safetensors"]
+
+
+def test_a_file_name_that_is_linked_is_validated_when_it_is_known(folders):
+    from comfyui_deltaconv.nodes.load_save import DeltaConvLoad
+
+    assert DeltaConvLoad.validate_inputs(None) is True
+
+
+def test_load_refuses_values_that_are_not_finite(folders):
+    from comfyui_deltaconv.deltaconv import WeightsError
+    from comfyui_deltaconv.nodes.load_save import DeltaConvLoad
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = folders / "models" / "deltaconv" / "broken.safetensors"
+    tensors = load_file(demo.DELTACONV_PATH)
+    with safe_open(demo.DELTACONV_PATH, "pt") as file:
+        metadata = file.metadata()
+    key = list(tensors)[-1]
+    tensors[key].view(-1)[-1] = math.nan
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(WeightsError, match="NaN or infinite values in") as refused:
+        DeltaConvLoad.execute("broken.safetensors")
+    assert key.rpartition("attn1.")[2] in str(refused.value)
+
+
 def test_files_of_all_folders_are_offered_and_others_are_not(folders):
     from comfyui_deltaconv.nodes.folders import list_files
 
