@@ -210,12 +210,14 @@ def test_published_blocks_at_paths_of_no_model_are_refused_by_load(tmp_path, pat
     assert path in str(refused.value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("family", SITES)
+@pytest.mark.parametrize(
+    ("family", "value"),
+    [("sd1", "nan"), ("sd1", "inf"), ("sd1", "-inf"), ("pixart", "nan")],
+)
 def test_values_that_are_not_finite_are_found_on_request(tmp_path, family, value):
     shapes = published(family, "base:")
     last = len(shapes) - 1
-    path = write(tmp_path / "p.safetensors", shapes, lambda n: value if n == last else 0)
+    path = write(tmp_path / "p.safetensors", shapes, lambda n: float(value) if n == last else 0)
     site = list(FAMILIES[family].dims)[-1]
     assert site in read_weights(path).sites
     with pytest.raises(WeightsError, match="NaN or infinite values in") as refused:
