@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..kernels.dispatch import LARGEST_KERNEL
 from . import demo
 from .choice import Choice
 from .cost import attention_flops, block_flops
@@ -51,6 +52,8 @@ def application_report(facts: ApplicationFacts) -> str:
         _kernels(facts),
         _origin(facts),
     ]
+    if sentence := _wide_kernels(facts):
+        lines.append(sentence)
     if facts.percent_range:
         start, end = facts.percent_range
         lines.append(
@@ -179,6 +182,17 @@ def _kernels(facts: ApplicationFacts) -> str:
     kernels = ", ".join(f"{kernel} × {kernel} in {counts[kernel]}" for kernel in sorted(counts))
     other = "" if facts.gate == facts.weights.gate else f" (the weights say {facts.weights.gate})"
     return f"kernels {kernels}; gate {facts.gate}{other}"
+
+
+def _wide_kernels(facts: ApplicationFacts) -> str:
+    sizes = [facts.weights.sites[site].kernel_size for site in facts.replaced]
+    wide = sum(size > LARGEST_KERNEL for size in sizes)
+    if not wide:
+        return ""
+    return (
+        f"{wide} of {len(sizes)} blocks have kernels wider than {LARGEST_KERNEL}, the largest of "
+        "the Triton kernels: torch's operators run there, slower"
+    )
 
 
 def _origin(facts: ApplicationFacts) -> str:
