@@ -128,7 +128,8 @@ class Launch(NamedTuple):
 
     kernel: triton.JITFunction
     grid: tuple[int, int, int]
-    numbers: tuple[int, ...]
+    tensors: tuple[str, ...]
+    numbers: dict[str, int]
     constants: dict[str, int]
     options: dict[str, int]
 
@@ -149,7 +150,8 @@ def plan(shape: tuple[int, ...], size: int, tile: Tile) -> Launch:
     return Launch(
         line_kernel if tile.narrow else square_kernel,
         (programs, triton.cdiv(channels, tile.channels), batch),
-        (height, width, channels),
+        ("x", "weight", "out"),
+        {"height": height, "width": width, "channels": channels},
         {**constants, "CHANNELS": tile.channels},
         {"num_warps": tile.warps},
     )
@@ -162,6 +164,6 @@ def depthwise(
     x = x.contiguous()
     out = torch.empty_like(x) if out is None else out
     launch = plan(tuple(x.shape), weight.shape[0], tile)
-    arguments = (x, weight, out, *launch.numbers)
-    launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+    named = launch.numbers | launch.constants | launch.options
+    launch.kernel[launch.grid](x=x, weight=weight, out=out, **named)
     return out
