@@ -1,4 +1,4 @@
-"""Figures of matplotlib, an optional extra of the pack, as pictures ComfyUI can show."""
+"""Figures of matplotlib, which may be missing, as pictures ComfyUI can show."""
 
 import textwrap
 from collections.abc import Callable

@@ -104,8 +104,6 @@ def _mean_profile(sites: list[SiteLocality]):
 
 def plot_points(report: LocalityReport, index: int):
     """Attention of the query points at one sigma: the picture, then each size of map over it."""
-    from matplotlib.colors import LogNorm
-
     by_size: dict[tuple[int, int], list[torch.Tensor]] = {}
     for maps in report.maps.values():
         by_size.setdefault(tuple(maps.shape[-2:]), []).append(maps[index].float().mean(dim=1))
@@ -113,6 +111,9 @@ def plot_points(report: LocalityReport, index: int):
     seen = report.pictures[index] if index < len(report.pictures) else torch.ones(8, 8, 3)
     rows, columns = len(report.points), 1 + len(sizes)
     figure = new_figure(3.0 * columns + 0.9, 2.95 * rows + 0.9)
+    # After the figure, which says in one sentence where matplotlib is missing.
+    from matplotlib.colors import LogNorm
+
     axes = figure.subplots(rows, columns, squeeze=False)
     aspect = seen.shape[0] / seen.shape[1]
     extent = (0, 1, aspect, 0)

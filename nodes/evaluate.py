@@ -82,6 +82,7 @@ class DeltaConvEvaluate(io.ComfyNode):
         # Imported here: distillation is large, and importing the pack stays quick.
         from ..deltaconv.distil.evaluate import evaluate
         from ..deltaconv.distil.plots import level_plot
+        from ..deltaconv.locality_figure import picture
         from ..deltaconv.perceptual import perceptual_report
         from .conditioning import conditions_of
         from .teacher import ComfyTeacher
@@ -122,10 +123,7 @@ class DeltaConvEvaluate(io.ComfyNode):
             psnr = comparison.mean_psnr
         else:
             table += "\n\nConnect a VAE for PSNR, SSIM, LPIPS, CLIP score and the grid."
-        plot = level_plot(result)
-        if plot is None:
-            table += "\n\nThe plot needs matplotlib: pip install matplotlib"
-            plot = torch.ones(1, 64, 64, 3)
+        plot = picture(lambda: level_plot(result))
         return io.NodeOutput(table, plot, grid, result.mse, psnr)
 
 

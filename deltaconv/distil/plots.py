@@ -4,10 +4,9 @@ import importlib.util
 import io
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
+from ..locality_figure import new_figure
 from .evaluate import Evaluation
 
 _TILE = 160
@@ -82,13 +81,12 @@ def error_curve(points: Sequence[tuple[str, float, float]]) -> Image.Image | Non
     return _rendered(figure)
 
 
-def level_plot(evaluation: Evaluation) -> torch.Tensor | None:
-    """Evaluation → picture [1, H, W, 3] of its errors by noise level, every site a thin line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+def level_plot(evaluation: Evaluation):
+    """A matplotlib figure of the errors by noise level, every site a thin line.
+
+    Raises PlotsUnavailable without matplotlib.
+    """
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot(
         xscale="log", yscale="log", xlabel="noise level (sigma)", ylabel="relative error"
     )
@@ -100,8 +98,7 @@ def level_plot(evaluation: Evaluation) -> torch.Tensor | None:
     relative = [level.relative for level in evaluation.levels]
     axes.plot(sigmas, relative, color="tab:blue", marker="o", label="predicted noise, all blocks")
     axes.legend(frameon=False)
-    picture = _rendered(figure)
-    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)[None]
+    return figure
 
 
 def _rendered(figure) -> Image.Image:
