@@ -4,6 +4,8 @@ The model draws 64 × 64 RGB pictures in −1…1 without a VAE; NOTICE says whe
 """
 
 import json
+import string
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,16 +34,20 @@ class TextEncoder:
 
     def encode(self, prompt: str) -> torch.Tensor:
         """prompt → context [1, 12, 64]; unknown words and padding are row 0."""
-        rows = [self.vocabulary.get(word, 0) for word in prompt.lower().split()[:MAX_WORDS]]
+        rows = [self.vocabulary.get(word, 0) for word in words_of(prompt)[:MAX_WORDS]]
         rows += [0] * (MAX_WORDS - len(rows))
         return (self.word_embedding[rows] + self.position_embedding)[None]
 
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of the prompt that are read as nothing, each once."""
+        words = words_of(prompt)[:MAX_WORDS]
+        return list(dict.fromkeys(word for word in words if word not in self.vocabulary))
+
     def report(self, prompt: str) -> str:
         """What of the prompt the model cannot read, in words a person can act on."""
-        words = prompt.lower().split()
+        words, unknown = words_of(prompt), self.unknown(prompt)
         if not words:
             return "Empty prompt: the model draws without guidance."
-        unknown = list(dict.fromkeys(w for w in words[:MAX_WORDS] if w not in self.vocabulary))
         sentences = []
         if unknown:
             sentences.append(
@@ -54,6 +60,22 @@ class TextEncoder:
                 f"The demo model reads {MAX_WORDS} words; ignored: {' '.join(words[MAX_WORDS:])}."
             )
         return " ".join(sentences) or f"All {len(words)} words are known to the demo model."
+
+
+def words_of(prompt: str) -> list[str]:
+    """The words as Unicode names have them: lower case, no punctuation, womans for "woman's".
+
+    Hyphens inside a word stay: x-ray.
+    """
+    text = prompt.lower().replace("'", "").replace("’", "")
+    spaced = "".join(" " if _separates(character) else character for character in text)
+    return [word for part in spaced.split() if (word := part.strip("-"))]
+
+
+def _separates(character: str) -> bool:
+    if character == "-":
+        return False
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def unet_config() -> dict[str, object]:

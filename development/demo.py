@@ -237,5 +237,5 @@ def _name_unknown_words(prompts: Sequence[str]) -> None:
 
     encoder = demo.text_encoder()
     for prompt in prompts:
-        if any(word not in encoder.vocabulary for word in prompt.lower().split()):
+        if encoder.unknown(prompt):
             print(f"{prompt!r}: {encoder.report(prompt)}")

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..deltaconv import demo, read_weights
 from .demo_model import load_demo_model
+from .node_text import show_on_node
 from .types import CATEGORY, DeltaConv
 
 
@@ -50,4 +51,6 @@ class DeltaConvDemoPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, text: str) -> io.NodeOutput:
         encoder = demo.text_encoder()
-        return io.NodeOutput([[encoder.encode(text), {}]], encoder.report(text))
+        report = encoder.report(text)
+        show_on_node(report)
+        return io.NodeOutput([[encoder.encode(text), {}]], report)

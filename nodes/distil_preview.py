@@ -7,11 +7,11 @@ import comfy.model_management
 import comfy.utils
 import latent_preview
 import torch
-from comfy_execution.utils import get_executing_context
 
 from ..deltaconv.distil import Dataset, Record, sample
 from ..deltaconv.distil.plots import progress_picture
 from ..deltaconv.memory import is_out_of_memory
+from .node_text import show_on_node
 
 _STEPS = 12
 _MOST = 2
@@ -76,13 +76,10 @@ class LivePreview:
 
     def _say(self, text: str, at_once: bool = False) -> None:
         """A line on the node itself, once a second at most."""
-        context, now = get_executing_context(), time.monotonic()
-        if context is not None and (at_once or now > self.said + 1):
-            # Imported here: without a server there is no node to write on.
-            from server import PromptServer
-
+        now = time.monotonic()
+        if at_once or now > self.said + 1:
             self.said = now
-            PromptServer.instance.send_progress_text(text, context.node_id)
+            show_on_node(text)
 
     def _preview(self, record: Record, text: str):
         try:
