@@ -34,6 +34,15 @@ class DeltaConvWeights:
     training: Mapping[str, object] = field(default_factory=dict)
     source: str = ""
 
+    def __str__(self) -> str:
+        # What a preview shows, too where Apply ΔConv is bypassed and its input takes its place.
+        families = ", ".join(self.families) or "an unnamed model"
+        layers = f"{len(self.sites)} layer{'s' if len(self.sites) != 1 else ''}"
+        return (
+            f"No layer is replaced: these are ΔConv weights for {layers} of {families}, "
+            f"{self.parameters / 1e6:.2f} M parameters. Apply ΔConv puts them onto a model."
+        )
+
     @property
     def dims(self) -> dict[str, int]:
         """Site path → channels C."""
