@@ -66,13 +66,22 @@ class DeltaConvDistill(io.ComfyNode):
                 io.Int.Input("batch_size", default=8, min=1, max=4096),
                 io.Float.Input("layer_rate", default=1e-3, **rate),
                 io.Float.Input("joint_rate", default=3e-4, **rate),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    # Another one at every run would go on under other settings.
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the training. Own samples have one of their own: going on under "
+                    "another seed draws none anew.",
+                ),
                 io.String.Input(
                     "folder",
                     default="",
                     tooltip="Name of a folder in output/deltaconv/distillation: one that holds a "
                     "distillation of this model is gone on with. Empty: a new number, which the "
-                    "console says.",
+                    "node shows.",
                 ),
                 io.Int.Input("save_every", default=100, min=1, max=1_000_000, advanced=True),
                 io.Int.Input(

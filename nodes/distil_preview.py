@@ -20,12 +20,13 @@ _MOST = 2
 class LivePreview:
     """Progress of everything that takes its time, and a picture every `every` steps (0: none).
 
-    `dataset` is set before the first step is shown.
+    `dataset` is set before the first step is shown; `folder` is what to name for going on.
     """
 
     dataset: Dataset
 
-    def __init__(self, teacher, settings, every: int):
+    def __init__(self, teacher, settings, every: int, folder: str = ""):
+        self.folder, self.at, self.drew = folder, "", False
         self.teacher, self.settings, self.every = teacher, settings, every
         self.total = 1 + settings.layers.steps + settings.joint.steps
         self.bar = comfy.utils.ProgressBar(self.total)
@@ -35,21 +36,24 @@ class LivePreview:
 
     def drawn(self, done: int, total: int) -> None:
         """So many steps of sampling the model's own pictures are done."""
+        self.at, self.drew = f"own samples {done / total:.0%}", True
         self._move(done, total)
-        self._say(f"own samples {done / total:.0%}")
+        self._say(self.at)
 
     def initialised(self, share: float) -> None:
         """A share of the initialisation is done; raises where the queue was interrupted."""
+        self.at = f"initialisation {share:.0%}"
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._move(round(100 * share), 100)
-        self._say(f"initialisation {share:.0%}")
+        self._say(self.at)
 
     def show(self, record: Record) -> None:
         """Move the bar; every so often draw what the student draws by now."""
         done = 1 + record.step if record.stage == "layers" else record.step
         if record.stage == "joint":
             done += 1 + self.settings.layers.steps
-        text = f"{record.stage} {record.step}/{record.steps}, loss {record.loss:.4g}"
+        self.at = f"{record.stage} {record.step}/{record.steps}"
+        text = f"{self.at}, loss {record.loss:.4g}"
         if left := self._left(done):
             text += f", {left} left"
         preview = None
@@ -57,6 +61,26 @@ class LivePreview:
             preview = self._preview(record, text)
         self._move(done, self.total, preview)
         self._say(text, at_once=done == self.total)
+
+    def stopped(self, error: BaseException, saved: int | None) -> None:
+        """Say in place of the last line where it stopped, what is saved, and how to go on.
+
+        `saved` is how many steps the newest state has behind it, None without one.
+        """
+        interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
+        how = "interrupted" if interrupted else "failed"
+        if not self.at:
+            # What is in the folder may be another's.
+            show_on_node(f"{how} before it began, folder {self.folder}")
+        elif saved is None:
+            kept = "; the own samples drawn so far are kept" if self.drew else ""
+            show_on_node(f"{how} at {self.at}, before anything was saved{kept}")
+        else:
+            after = f"{saved} steps" if saved else "the initialisation"
+            show_on_node(
+                f"{how} at {self.at}, saved after {after}. "
+                f"To go on, queue again with folder {self.folder}"
+            )
 
     def _left(self, done: int) -> str:
         """From the pace of the steps since the first of this run; "" before the second."""
@@ -79,7 +103,7 @@ class LivePreview:
         now = time.monotonic()
         if at_once or now > self.said + 1:
             self.said = now
-            show_on_node(text)
+            show_on_node(f"{text}, folder {self.folder}")
 
     def _preview(self, record: Record, text: str):
         try:

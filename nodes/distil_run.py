@@ -20,6 +20,7 @@ from ..deltaconv.distil import (
 )
 from ..deltaconv.distil.own_samples import own_samples
 from ..deltaconv.distil.report import DistilReport
+from ..deltaconv.distil.state import saved_seed, saved_steps
 from ..deltaconv.families import FAMILIES
 from ..deltaconv.fit import check_fit
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
@@ -27,6 +28,9 @@ from .distil import KERNELS, LOSSES
 from .distil_preview import LivePreview
 from .folders import SAMPLES, output_folder
 from .teacher import ComfyTeacher
+
+# Of the own samples, whatever the training's: going on under another seed draws none anew.
+_SAMPLES_SEED = 0
 
 
 def run(model, latents, positive, one) -> tuple:
@@ -43,41 +47,54 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
     family = FAMILIES.get(teacher.family)
     gate = start.gate if start else family.gate if family else "scaled"
     folder = state_folder(one["folder"])
+    name = os.path.relpath(folder, _base())
     started = time.monotonic()
     # Before the teacher is loaded: a CLIP that needs its memory would push it out again.
     conditions, empty = _conditions(teacher, positive, one)
     if empty is None:
         settings = replace(settings, unconditional=0.0)
-    preview, report = LivePreview(teacher, settings, one["preview_every"]), DistilReport()
+    preview, report = LivePreview(teacher, settings, one["preview_every"], name), DistilReport()
     given = latents_of(teacher, latents)
 
     def data() -> Dataset:
         preview.dataset = (
             Dataset(given, conditions, empty or conditions[0])
             if given
-            else _own_samples(teacher, settings, conditions, empty, one, family, preview.drawn)
+            else _own_samples(
+                teacher,
+                settings,
+                conditions,
+                empty,
+                one,
+                family,
+                former_seed=saved_seed(folder),
+                progress=preview.drawn,
+                reused=lambda count: report.own_samples(one["samples"], count),
+            )
         )
         return preview.dataset
 
-    records = distil(
-        teacher,
-        recipe,
-        data,
-        settings,
-        gate=gate,
-        start={site: start.block(site).float() for site in start.sites} if start else None,
-        folder=folder,
-        progress=preview.initialised,
-    )
-    logging.info(
-        "ΔConv: distilling; queue again with folder %r to go on where it stops", folder.name
-    )
-    # Closing saves: after an interrupt too, which comes as an exception out of the loop.
-    with teacher, closing(records):
-        for record in records:
-            report.add(record)
-            preview.show(record)
-        weights = weights_of(record.student, teacher, settings, steps=len(record.history))
+    logging.info("ΔConv: distilling; queue again with folder %r to go on where it stops", name)
+    try:
+        records = distil(
+            teacher,
+            recipe,
+            data,
+            settings,
+            gate=gate,
+            start={site: start.block(site).float() for site in start.sites} if start else None,
+            folder=folder,
+            progress=preview.initialised,
+        )
+        # Closing saves: after an interrupt too, which comes as an exception out of the loop.
+        with teacher, closing(records):
+            for record in records:
+                report.add(record)
+                preview.show(record)
+            weights = weights_of(record.student, teacher, settings, steps=len(record.history))
+    except BaseException as error:
+        preview.stopped(error, saved_steps(folder))
+        raise
     losses = [loss for loss in record.history if isfinite(loss)]
     text = report.text(folder, time.monotonic() - started)
     return weights, {"loss": losses or [record.loss]}, text
@@ -149,7 +166,7 @@ def _conditions(teacher, positive, one) -> tuple[list, object | None]:
     return conditions, empty[0] if empty else None
 
 
-def _own_samples(teacher, settings, conditions, empty, one, family, progress) -> Dataset:
+def _own_samples(teacher, settings, conditions, empty, one, family, **heard) -> Dataset:
     side = one["sample_size"] or (family.native_latent if family else 64)
     channels = teacher.patcher.model.latent_format.latent_channels
     layers, unconditional = settings.layers, empty or conditions[0]
@@ -161,18 +178,22 @@ def _own_samples(teacher, settings, conditions, empty, one, family, progress) ->
         (channels, side, side),
         count=one["samples"],
         cfg=4.0 if empty else 1.0,
-        seed=one["seed"],
+        seed=_SAMPLES_SEED,
         batch=-(-layers.batch // layers.accumulate),
-        cache=Path(output_folder()) / "distillation" / SAMPLES,
+        cache=_base() / SAMPLES,
         max_bytes=one.get("samples_mb", 1024) * 2**20,
         unconditional_name=digest_of(unconditional),
-        progress=progress,
+        **heard,
     )
+
+
+def _base() -> Path:
+    return Path(output_folder()) / "distillation"
 
 
 def state_folder(name: str) -> Path:
     """The folder below output/deltaconv/distillation; an empty name makes a new numbered one."""
-    base = Path(output_folder()) / "distillation"
+    base = _base()
     name = (name or "").strip()
     if not name:
         number = 1

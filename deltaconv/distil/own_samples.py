@@ -29,20 +29,23 @@ def own_samples(
     steps: int = 20,
     cfg: float = 4.0,
     seed: int = 0,
+    former_seed: int | None = None,
     batch: int = 4,
     cache: Path | None = None,
     max_bytes: int = 2**30,
     unconditional_name: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    reused: Callable[[int], None] = lambda count: None,
 ) -> Dataset:
     """`count` samples [C, H, W] of the teacher, cycling through `conditions`, as a data set.
 
     `names` and `unconditional_name` say what the conditions are, for the cache's key. Points of
     every trajectory are kept in float16, as many as fit `max_bytes` with the finished samples;
     `cache`, where given, keeps them on disk and loses the oldest samples of other settings where
-    it would grow beyond that. In memory the finished samples are float32, beside these points.
-    `progress` hears (done, total) in steps of sampling. Raises DistilError where not even one point
-    per sample fits.
+    it would grow beyond that. Where it holds none of `seed` and some of `former_seed`, these are
+    taken and completed. In memory the finished samples are float32, beside these points.
+    `progress` hears (done, total) in steps of sampling, and `reused` at the end how many samples
+    came from the cache. Raises DistilError where not even one point per sample fits.
     """
     if not conditions or len(names) != len(conditions):
         raise DistilError(f"Expected prompts to draw samples from, got {len(conditions)}.")
@@ -58,8 +61,14 @@ def own_samples(
         )
     which = [round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)]
     named = [*names, unconditional_name]
-    key = _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept, batch)
-    latents, paths = [], []
+
+    def key_of(seed: int) -> str:
+        return _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept, batch)
+
+    if former_seed is not None and cache and not _held(cache, key_of(seed)):
+        seed = former_seed if _held(cache, key_of(former_seed)) else seed
+    key = key_of(seed)
+    latents, paths, found = [], [], 0
     total = steps * -(-count // batch)
     for number, start in enumerate(range(0, count, batch)):
         before = number * steps
@@ -84,9 +93,11 @@ def own_samples(
                 _make_room(cache, key, max_bytes - sum(t.nbytes for t in tensors.values()))
                 write_atomically(tensors, {}, file, overwrite=True)
         else:
+            found += len(rows)
             progress(before + steps, total)
         latents += list(tensors["latents"].float())
         paths += [Trajectory(x, s) for x, s in zip(tensors["x"], tensors["sigma"], strict=True)]
+    reused(found)
     chosen = [conditions[index % len(conditions)] for index in range(count)]
     return Dataset(latents, chosen, unconditional, paths)
 
@@ -129,6 +140,10 @@ def _cached(file: Path | None, rows: int, kept: int, shape: tuple[int, int, int]
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
         return None
     return tensors if all(tensor.isfinite().all() for tensor in tensors.values()) else None
+
+
+def _held(cache: Path, key: str) -> bool:
+    return next(cache.glob(f"samples-{key}-*.safetensors"), None) is not None
 
 
 def _key(*what: object) -> str:

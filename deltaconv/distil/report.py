@@ -17,6 +17,7 @@ class DistilReport:
         self._images: dict[str, float] = {}
         self._worst: list[tuple[str, float]] = []
         self._messages: list[str] = []
+        self._data = ""
 
     def add(self, record: Record) -> None:
         """Count one record in."""
@@ -35,9 +36,17 @@ class DistilReport:
         if stage == "layers":
             self._worst = sorted(record.losses.items(), key=lambda item: -item[1])[:3]
 
+    def own_samples(self, count: int, reused: int) -> None:
+        """Say how many of `count` own samples were there already."""
+        self._data = (
+            f"own samples: {count} drawn"
+            if not reused
+            else f"own samples: {reused} of {count} reused from an earlier run"
+        )
+
     def text(self, folder: Path | None, seconds: float) -> str:
         """The report after `seconds` in all."""
-        lines = []
+        lines = [self._data] if self._data else []
         if self._initial is not None:
             lines.append(
                 "informed initialisation: mean relative error of the layers on held-out "

@@ -44,6 +44,24 @@ def state_files(folder: Path) -> list[Path]:
     return sorted(found, key=_number, reverse=True)
 
 
+def saved_steps(folder: Path) -> int | None:
+    """How many steps the newest state of a folder has behind it; None where there is none."""
+    return next(map(_number, state_files(folder)), None)
+
+
+def saved_seed(folder: Path) -> int | None:
+    """The seed that the newest state of a folder was trained with; None where none says it."""
+    for path in state_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                seed = json.loads(file.metadata()["deltaconv.progress"])["settings"]["seed"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
+            continue
+        if isinstance(seed, int):
+            return seed
+    return None
+
+
 def _number(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
