@@ -10,8 +10,10 @@ if sys.version_info < (3, 10):  # noqa: UP036 (an older Python gets a sentence, 
     found = ".".join(map(str, sys.version_info[:3]))
     sys.exit(f"dev.py needs Python 3.10 or newer, got {found}. Run it with a newer one.")
 
+import importlib
 import os
 import subprocess
+import time
 
 from development import DevelopmentError, unwind_when_terminated
 from development.comfyui import OLDEST
@@ -24,6 +26,7 @@ COMMANDS = {
     "distil": "distil the demo, or any checkpoint, into ΔConv weights",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
     "lint": "check style and formatting",
+    "lock": "write the versions that set-up installs anew; --upgrade takes the newest",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",
     "release": "say what still keeps this version from being published",
     "selftest": "compare the kernels with their definition on this machine's device",
@@ -32,6 +35,8 @@ COMMANDS = {
 }
 # The oldest supported ComfyUI is fetched for these alone; the newest one, or yours, for all.
 NEEDS_OLDEST = {"test"}
+# What makes the environment must not need it.
+WITHOUT_ENVIRONMENT = {"lock"}
 
 
 def usage() -> str:
@@ -48,7 +53,10 @@ def main(argv: list[str]) -> int:
         print(f"Unknown command {command!r}.\n{usage()}", file=sys.stderr)
         return 2
     unwind_when_terminated()
+    start = time.monotonic()
     try:
+        if command in WITHOUT_ENVIRONMENT:
+            return importlib.import_module(f"development.{command}").main(arguments)
         python = ensure([OLDEST] if command in NEEDS_OLDEST else [])
     except DevelopmentError as error:
         print(f"\n{error}", file=sys.stderr)
@@ -56,6 +64,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nStopped. The next run goes on where this one was.", file=sys.stderr)
         return 130
+    os.environ["DELTACONV_SETUP_SECONDS"] = f"{time.monotonic() - start:.1f}"
     # -I keeps this folder off the path: its `nodes` would shadow ComfyUI's module of that name.
     line = [python, "-I", "-m", "comfyui_deltaconv.development", command, *arguments]
     if os.name == "posix":

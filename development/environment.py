@@ -20,17 +20,16 @@ from .comfyui import (
     fetch_tree,
     front_end_folder,
     front_end_pin,
+    requirement_name,
     requirements,
 )
+from .lock import LOCK, pins
 from .pip import Pip
-
-# The versions that every figure and test of this repository was made with.
-TORCH = ("torch==2.14.1", "torchvision==0.29.1")
-# Its own torch pin lags behind; ComfyUI needs it importable, nothing here computes with it.
-TORCHAUDIO = "torchaudio==2.11.0"
 
 VENV = ROOT / ".venv"
 STAMP = VENV / "deltaconv-setup.json"
+# torchaudio is not among them: it asks for an older torch than it works with.
+HELD = {"torch", "torchvision"}
 
 
 def ensure(releases: Sequence[Release] = ()) -> Path:
@@ -41,7 +40,7 @@ def ensure(releases: Sequence[Release] = ()) -> Path:
     python = python_of(VENV)
     if is_complete(python, releases):
         return python
-    with _lock() as lock:
+    with locked() as lock:
         # Whoever held the lock before may have done it all.
         if is_complete(python, releases):
             return python
@@ -90,14 +89,18 @@ def _set_up(python: Path, releases: Sequence[Release], lock: int) -> None:
 
     inputs = _inputs(version, tree)
     STAMP.unlink(missing_ok=True)
-    wanted = VENV / "comfyui-requirements.txt"
-    wanted.write_text("\n".join(requirements(tree)) + "\n", encoding="utf-8")
-    pip.run("Installing torch (large)", "install", *TORCH)
-    pip.run("Installing torchaudio", "install", "--no-deps", TORCHAUDIO)
-    pip.run(
-        "Installing the pack and ComfyUI's requirements",
-        *("install", "-r", str(wanted), "--editable", f"{ROOT}[test]", *TORCH),
-    )
+    # Exactly the lock: nothing is resolved, so nothing can come that was released since.
+    exactly = ("install", "--no-deps")
+    pip.run("Installing torch and all other packages (large)", *exactly, "-r", str(LOCK))
+    if tree != NEWEST.tree:
+        # Your ComfyUI may want other versions: pip leaves what suits it as the lock has it, changes
+        # what does not, and adds the newest of what the lock lacks. torch stays.
+        wanted = VENV / "comfyui-requirements.txt"
+        wanted.write_text("\n".join(requirements(tree)) + "\n", encoding="utf-8")
+        torch = [line for line in pins(_lock_text()) if requirement_name(line) in HELD]
+        pip.run("Installing what your ComfyUI needs besides", "install", "-r", str(wanted), *torch)
+    # Built by the lock's setuptools; without isolation pip downloads none.
+    pip.run("Installing the pack", *exactly, "--no-build-isolation", "--editable", str(ROOT))
     # Last and in one piece: without it the next run repeats the steps, which find their work done.
     partial = STAMP.with_suffix(".partial")
     partial.write_text(json.dumps({"inputs": inputs}), encoding="utf-8")
@@ -161,8 +164,20 @@ def _state_file(suffix: str) -> Path:
 def _inputs(version: str, tree: Path) -> str:
     """A hash of everything the environment is made from."""
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    parts = [version, str(ROOT), pyproject, *TORCH, TORCHAUDIO, *requirements(tree)]
+    parts = [version, str(ROOT), pyproject, _lock_text()]
+    if tree != NEWEST.tree:
+        parts += requirements(tree)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _lock_text() -> str:
+    try:
+        return LOCK.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DevelopmentError(
+            f"Expected the list of versions in {LOCK} ({error.strerror}). Restore it from the "
+            "repository, or write it anew with `python dev.py lock`."
+        ) from error
 
 
 def _other_front_ends(tree: Path, releases: Sequence[Release]) -> list[str]:
@@ -174,7 +189,7 @@ def _other_front_ends(tree: Path, releases: Sequence[Release]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock() -> Iterator[int]:
+def locked() -> Iterator[int]:
     """Hold this repository's set-up lock; the system lets go of it however this process ends."""
     with _state_file("lock").open("w") as file:
         waiting = False
