@@ -54,13 +54,14 @@ def running(
     base: Path | None = None,
     port: int | None = None,
     cpu: bool = True,
+    python: Path = Path(sys.executable),
     arguments: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Start the ComfyUI in `tree`, yield it once it answers and has our nodes, then stop it.
 
     `base` holds its models, input and output, a temporary folder without it; `port` is a free one
-    without it. Raises DevelopmentError if the port is taken, or the server dies, stays silent, or
-    fails to load the pack.
+    without it; `python` runs it. Raises DevelopmentError if the port is taken, or the server dies,
+    stays silent, or fails to load the pack.
     """
     with contextlib.ExitStack() as stack:
         if base is None:
@@ -70,7 +71,7 @@ def running(
         _link(ROOT, base / "custom_nodes" / PACK)
         port = _free_port(port)
         log = base / "server.log"
-        line = [sys.executable, "-s", "main.py", *_arguments(tree, base, port, cpu), *arguments]
+        line = [str(python), "-s", "main.py", *_arguments(tree, base, port, cpu), *arguments]
         with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 line,

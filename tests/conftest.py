@@ -8,6 +8,7 @@ import pytest
 from comfyui_deltaconv.development import ROOT, host, unwind_when_terminated
 from comfyui_deltaconv.development.browser import chromium, missing_programs
 from comfyui_deltaconv.development.comfyui import chosen_tree
+from comfyui_deltaconv.development.lean import lean_python
 from comfyui_deltaconv.development.server import running
 
 # A gate that is stopped leaves no server behind.
@@ -48,13 +49,16 @@ def comfy(comfyui_tree, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(comfyui_tree):
-    """A real ComfyUI server with the pack loaded, on the CPU."""
-    with running(comfyui_tree) as server:
+    """A real ComfyUI server with the pack loaded, on the CPU, as a user's environment is.
+
+    It finds what ComfyUI and the pack require, and nothing that only the tests bring.
+    """
+    with running(comfyui_tree, python=lean_python()) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def browser():
+def _chromium():
     """A headless Chromium; without one, tests skip on a person's machine and fail in CI."""
     missing = missing_programs()
     if missing and not os.environ.get("CI"):
@@ -62,3 +66,11 @@ def browser():
     assert not missing, f"CI needs {missing} for the page tests"
     with chromium() as driver:
         yield driver
+
+
+@pytest.fixture(scope="module")
+def browser(_chromium):
+    """The browser, on no page of an earlier module."""
+    yield _chromium
+    # ComfyUI's page never stops drawing; left open it takes its share of a core.
+    _chromium.get("about:blank")
