@@ -20,7 +20,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "comfyui_tree" in item.fixturenames:
+        if "comfyui_tree" in item.fixturenames and not item.get_closest_marker("any_comfyui"):
             item.add_marker("comfyui")
 
 

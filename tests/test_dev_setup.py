@@ -11,7 +11,6 @@ import time
 
 import pytest
 from comfyui_deltaconv.development import ROOT, DevelopmentError, comfyui
-from comfyui_deltaconv.development.test import NO_TESTS, Run, exit_code
 
 
 def run_in_environment(code: str) -> str:
@@ -184,19 +183,3 @@ def test_second_set_up_check_is_quick():
     start = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "dev.py", "lint", "--help"], check=True)
     assert time.perf_counter() - start < 3
-
-
-@pytest.mark.parametrize(
-    ("runs", "narrowed", "code"),
-    [
-        ([Run(0, 9), Run(0, 4, 0, 1)], False, 0),
-        ([Run(0, 9), Run(1, 4, 1)], False, 1),
-        ([Run(0, 9), Run(NO_TESTS)], False, NO_TESTS),
-        ([Run(0, 9), Run(NO_TESTS)], True, 0),
-        ([Run(NO_TESTS), Run(NO_TESTS)], True, NO_TESTS),
-        ([Run(0, 9), Run(0, 3, 0, 3)], False, NO_TESTS),
-        ([Run(2), Run(0, 9)], False, 2),
-    ],
-)
-def test_gate_fails_unless_both_runs_ran_and_passed(runs, narrowed, code):
-    assert exit_code(runs, narrowed) == code
