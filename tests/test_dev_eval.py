@@ -20,6 +20,7 @@ def run_eval(folder, comfyui_tree, monkeypatch, weights, source):
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
+@pytest.mark.any_comfyui
 @pytest.mark.parametrize(
     ("weights", "expected"), [("none", "teacher_eps"), (demo.DELTACONV_PATH, "student_eps")]
 )
@@ -60,6 +61,7 @@ def test_refuses_bad_input_in_a_sentence(tmp_path, content, reason):
         read_input(source)
 
 
+@pytest.mark.any_comfyui
 def test_refuses_bad_weights_in_a_sentence(tmp_path, comfyui_tree, monkeypatch):
     save_file(tensors(), tmp_path / "in.st")
     save_file({"nothing.of.ours": torch.zeros(1)}, tmp_path / "weights.safetensors")
