@@ -44,6 +44,7 @@ def test_the_server_runs_in_it_and_lists_every_node(server):
     assert listed == documented
 
 
+@pytest.mark.any_comfyui
 def test_the_locality_workflow_draws_its_points(server):
     before = len(server.said())
     prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
