@@ -94,6 +94,7 @@ def test_a_pack_that_fails_to_import_is_an_error(comfyui_tree, tmp_path):
     assert processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.any_comfyui
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send to one process")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_serve_leaves_nothing_behind(comfyui_tree, tmp_path, monkeypatch, stop):
