@@ -151,6 +151,7 @@ def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
     assert layers >= 2 and joint >= 2
 
 
+@pytest.mark.any_comfyui
 def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsys):
     started = time.monotonic()
     figures = distil_demo(tmp_path, seconds=20, side=16)["psnr"]
@@ -190,6 +191,7 @@ def test_sizes_that_cannot_be_are_refused(tmp_path, entry):
         read_config(path)
 
 
+@pytest.mark.any_comfyui
 def test_module_is_the_command(tmp_path):
     """As a user starts it, from prompts alone."""
     config = tmp_path / "x.yaml"
