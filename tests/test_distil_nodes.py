@@ -236,6 +236,7 @@ def test_pictures_of_teacher_and_student_and_the_curve_are_shown(model, progress
     assert max(value for value, total, _ in progress if total == 5) == 5
 
 
+@pytest.mark.any_comfyui
 def test_progress_is_shown_of_samples_and_initialisation_too(model, progress):
     own = {"latents": None, "positive": None, "unconditional": None, "prompts": "octopus"}
     node(model, **own, layer_steps=1, samples=3, initialisation="informed", batch_size=8)
@@ -425,6 +426,7 @@ def layer_errors(model, weights, steps=0):
     return [record.loss for record in records if record.stage == "layers"]
 
 
+@pytest.mark.any_comfyui
 def test_short_layers_run_bakes_a_lora_into_the_blocks(model):
     losses = layer_errors(with_lora(model, 0.05), read_weights(demo.DELTACONV_PATH), 24)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
@@ -463,6 +465,7 @@ def test_out_of_memory_for_a_preview_does_not_stop_the_training(model, monkeypat
     assert len(node(model, preview_every=1)[1]["loss"]) == 3
 
 
+@pytest.mark.any_comfyui
 def test_loss_falls_on_the_demo_teacher_and_informed_is_better(model):
     from comfyui_deltaconv.nodes.teacher import ComfyTeacher
 
