@@ -50,7 +50,7 @@ def chromium(width: int = 1920, height: int = 1080) -> Iterator[webdriver.Chrome
 
 
 def open_page(driver: webdriver.Chrome, server: Client, **settings: object) -> None:
-    """Load the server's page and wait until its nodes are registered.
+    """Show the server's page with its nodes registered; one that is open with these settings stays.
 
     `settings` are the page's own, with _ for the dot ("Comfy_VueNodes_Enabled"): kept on the
     server, so set before the page asks for them.
@@ -58,6 +58,9 @@ def open_page(driver: webdriver.Chrome, server: Client, **settings: object) -> N
     # A first visit otherwise opens the template browser over the canvas.
     values = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False}
     values |= {name.replace("_", "."): value for name, value in settings.items()}
+    if getattr(driver, "settings", None) == values and driver.current_url.startswith(server.url):
+        return
+    driver.settings = values
     server.post("/settings", values)
     driver.get(server.url)
     ready = "return !!(window.app?.graph && window.LiteGraph?.registered_node_types?.KSampler)"

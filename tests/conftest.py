@@ -22,6 +22,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "comfyui_tree" in item.fixturenames and not item.get_closest_marker("any_comfyui"):
             item.add_marker("comfyui")
+    # Side by side, so that each renderer's page is loaded once: it takes longer than most tests.
+    items.sort(key=_page_order)
+
+
+def _page_order(item):
+    return 2 if "browser" not in item.fixturenames else "Vue nodes" in item.name
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Leave the page after its last test: it never stops drawing, and takes a share of a core."""
+    used = [each for each in (item, nextitem) if each and "browser" in each.fixturenames]
+    if used == [item] and "browser" in item.funcargs:
+        item.funcargs["browser"].get("about:blank")
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +71,7 @@ def server(comfyui_tree):
 
 
 @pytest.fixture(scope="session")
-def _chromium():
+def browser():
     """A headless Chromium; without one, tests skip on a person's machine and fail in CI."""
     missing = missing_programs()
     if missing and not os.environ.get("CI"):
@@ -66,11 +79,3 @@ def _chromium():
     assert not missing, f"CI needs {missing} for the page tests"
     with chromium() as driver:
         yield driver
-
-
-@pytest.fixture(scope="module")
-def browser(_chromium):
-    """The browser, on no page of an earlier module."""
-    yield _chromium
-    # ComfyUI's page never stops drawing; left open it takes its share of a core.
-    _chromium.get("about:blank")
