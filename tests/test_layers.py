@@ -129,12 +129,17 @@ new = sorted({name.split(".")[0] for name in set(sys.modules) - before})
 print(json.dumps({"seconds": seconds, "nodes": nodes, "new": new}))
 """
     )
-    runs = [run(code, comfyui_tree) for _ in range(3)]
-    assert "DeltaConvApply" in runs[0]["nodes"]
-    assert not LAZY & set(runs[0]["new"])
-    assert min(result["seconds"] for result in runs) < 0.1
+    # A machine may be busy once; it takes ComfyUI's own import to ask again.
+    for _ in range(3):
+        result = run(code, comfyui_tree)
+        assert "DeltaConvApply" in result["nodes"]
+        assert not LAZY & set(result["new"])
+        if result["seconds"] < 0.1:
+            break
+    assert result["seconds"] < 0.1
 
 
+@pytest.mark.any_comfyui
 def test_the_pack_loads_and_works_without_triton(comfyui_tree):
     code = (
         f"ROOT = {str(ROOT)!r}"
