@@ -50,7 +50,6 @@ def test_the_locality_workflow_draws_its_points(server):
     prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
     nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
     nodes["EmptyChromaRadianceLatentImage"] |= {"width": 16, "height": 16}
-    nodes["DeltaConvLocality"] |= {"sensitivity": "off"}
     assert "0.3, 0.25" in nodes["DeltaConvLocality"]["points"]
     entry = server.queue(prompt)
     assert entry["status"]["completed"]
