@@ -91,7 +91,8 @@ def test_interrupted_graph_saves_and_goes_on(server):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(PromptFailed) as stopped:
-        server.queue(graph(server, "stopped", 100_000), on_event=watch)
+        # ComfyUI tells of every 200th part, so of every third step.
+        server.queue(graph(server, "stopped", 600), on_event=watch)
     thread.join()
     assert stopped.value.event == "execution_interrupted"
     values = []
