@@ -123,6 +123,15 @@ def test_the_number_of_an_unnamed_folder_is_shown(model, lines):
     assert lines[-1].endswith(", folder " + str(Path("mine", "first")))
 
 
+@pytest.fixture
+def every_step(comfy, monkeypatch):
+    """Progress that leaves no step out, however quick the machine is."""
+    import comfy.utils
+
+    for name in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):
+        monkeypatch.setattr(comfy.utils, name, 0)
+
+
 def interrupt_at(comfy, model, value, total, **changes):
     """Run the node until its bar of `total` reaches `value`, then press the cross."""
     import comfy.model_management
@@ -141,7 +150,9 @@ def interrupt_at(comfy, model, value, total, **changes):
         comfy.model_management.interrupt_current_processing(False)
 
 
-def test_after_an_interrupt_the_node_says_what_is_saved_and_how_to_go_on(comfy, model, lines):
+def test_after_an_interrupt_the_node_says_what_is_saved_and_how_to_go_on(
+    comfy, every_step, model, lines
+):
     interrupt_at(comfy, model, 3, 6, layer_steps=5, folder="", **GIVEN)
     assert lines[-1] == (
         "interrupted at layers 2/5, saved after 2 steps. To go on, queue again with folder 00001"
@@ -150,7 +161,9 @@ def test_after_an_interrupt_the_node_says_what_is_saved_and_how_to_go_on(comfy, 
     assert lines[-1].startswith("layers 5/5")
 
 
-def test_samples_drawn_before_an_interrupt_are_kept_and_the_node_says_so(comfy, model, lines):
+def test_samples_drawn_before_an_interrupt_are_kept_and_the_node_says_so(
+    comfy, every_step, model, lines
+):
     # Twenty steps of sampling each; the second sample is begun.
     interrupt_at(comfy, model, 25, 40, batch_size=1)
     assert lines[-1] == (
