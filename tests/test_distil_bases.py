@@ -222,7 +222,9 @@ def test_informed_initialisation_on_stored_bases(name):
     model, data = BASES[name](), data_for(name)
     (random,), _ = train(model, data, settings(layers=1))
     (informed,), _ = train(model, data, settings(layers=1, init="informed", init_images=16))
-    assert informed < 0.7 * random
+    # 0.04 to 0.06 and 0.19 to 0.28 over five seeds; above 1 in some where deep maps have fewer
+    # pixels than the block has channels, and nothing is held against that.
+    assert informed < 0.55 * random
 
 
 def test_captions_of_several_lengths_share_a_batch(reloads):

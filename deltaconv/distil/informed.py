@@ -9,11 +9,15 @@ then linear in x, and what remains is regression on the teacher's own activation
    carried by each head's mean attention over offsets. The C/4 directions of largest energy, whether
    pointwise or a head's, become the a channels, with an identity or that head's offsets as kernel.
 2. `conv_out`, `conv_pool` and their biases by ridge regression on what the block really computes
-   from these channels, padding, pooling and upsampling included; the strength of the ridge on the
-   pooled branch, which sees one row per image only, is judged on the other half of the draws.
+   from these channels, padding, pooling and upsampling included. Deep maps have fewer pixels than
+   the block has channels, and the pooled branch sees one row per image: the strengths of the ridge
+   on both, and how much of the solution is taken, are judged on the other half of the draws. A
+   layer that these do not foretell leaves `conv_out` and `conv_pool` zero.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +26,20 @@ from ...kernels import gated_pyramid
 from ..block import DeltaConvBlock
 from .least_squares import Sums, fit, leading_directions, without
 from .offsets import OffsetMeans, Projections
+from .settings import DistilError
 
 # visit(site, x [B, H, W, C], attend) → y [B, H, W, C]; `attend()` runs the layer itself.
 Visit = Callable[[str, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
-# Runs the teacher on the same images at every call, or on their first batch only.
-Replay = Callable[[Visit, bool], None]
 
+
+class Replay(Protocol):
+    """Runs the teacher: equal turns show equal images, other turns others."""
+
+    def __call__(self, visit: Visit, turn: int, first_batch_only: bool = False) -> None: ...
+
+
+# Turns: what is held out at the end must have had no part in choosing the channels.
+_CHANNELS, _OUTPUTS = 0, 1
 _QUERIES = 48
 
 
@@ -41,19 +53,26 @@ def initialise(
 ) -> dict[str, float]:
     """Set every block (site → block, on the CPU) from the teacher; site → held-out relative error.
 
-    `replay(visit, first_batch_only)` runs the teacher, `projections(site)` gives its query, key
-    and value maps, or None where its attention is not over the map itself. `progress` hears the
-    share done, site by site where the work is linear algebra. Held out is the other half of the
-    images drawn, each with noise of its own; one image may be in both halves.
+    `projections(site)` gives the layer's query, key and value maps, or None where its attention is
+    not over the map itself. `progress` hears the share done, site by site where the work is linear
+    algebra. Held out is the other half of the images drawn, each with noise of its own; one image
+    may be in both halves. The error is at most 1, that of a block that gives zero. Raises
+    DistilError, before any block is changed, where the activations are not finite.
     """
     maps = {site: projections(site) for site in blocks}
     offsets = _mean_offsets(maps, replay, generator)
     progress(0.05)
     sums = _direction_sums(blocks, maps, offsets, replay)
+    for site, found in sums.items():
+        if not (found.features.isfinite().all() and math.isfinite(found.power)):
+            raise DistilError(
+                f"Expected finite activations of the base, got NaN or infinite ones at {site}. "
+                "Load the base to compute in bfloat16 or float32."
+            )
     for index, (site, block) in enumerate(blocks.items()):
         progress(0.35 + 0.15 * index / len(blocks))
         _set_channels(block, sums.pop(site), maps[site], offsets.get(site))
-    return refit(blocks, replay, lambda share: progress(0.5 + share / 2))
+    return _solve(blocks, replay, lambda share: progress(0.5 + share / 2), from_zero=True)
 
 
 @torch.no_grad()
@@ -62,11 +81,16 @@ def refit(
     replay: Replay,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
-    """Set `conv_out` and `conv_pool` of every block to the least-squares solution for its layer.
+    """Move `conv_out` and `conv_pool` of every block to the least-squares solution for its layer.
 
-    Returns site → held-out error over the power of the layer's output. Everything else of the
-    block stays; blocks in training may use it at any time.
+    They go as far as lowers the error on held-out images, which is returned by site over the power
+    of the layer's output. Everything else of the block stays; blocks in training may use it at any
+    time.
     """
+    return _solve(blocks, replay, progress, from_zero=False)
+
+
+def _solve(blocks, replay, progress, from_zero: bool) -> dict[str, float]:
     halves = {}
     for site, block in blocks.items():
         width = block.conv_out.in_features + block.dim + 1
@@ -85,11 +109,11 @@ def refit(
             seen[site] += len(x)
         return y
 
-    replay(visit, False)
+    replay(visit, _OUTPUTS)
     errors = {}
     for index, (site, block) in enumerate(blocks.items()):
         progress(0.5 + 0.5 * index / len(blocks))
-        errors[site] = _set_outputs(block, halves.pop(site))
+        errors[site] = _set_outputs(block, halves.pop(site), from_zero)
     progress(1.0)
     return errors
 
@@ -103,11 +127,16 @@ def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([pyramid, mean, torch.ones_like(x[..., :1])], dim=-1)
 
 
-def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums]) -> float:
+def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums], from_zero: bool) -> float:
     inner = block.conv_out.in_features
-    penalised = torch.zeros(len(halves[0].features))
-    penalised[inner:-1] = 1
-    weight, error = fit(halves, penalised)
+    # A strength for the pyramid, one for the mean, none for the constant.
+    groups = torch.tensor([1] * inner + [2] * block.dim + [0])
+    start = None
+    if not from_zero:
+        bias = block.conv_out.bias + block.conv_pool.bias
+        now = (block.conv_out.weight.T, block.conv_pool.weight.T, bias[None])
+        start = torch.cat([part.double() for part in now])
+    weight, error = fit(halves, groups, start)
     block.conv_out.weight.copy_(weight[:inner].T)
     block.conv_pool.weight.copy_(weight[inner:-1].T)
     block.conv_out.bias.copy_(weight[-1])
@@ -130,7 +159,7 @@ def _mean_offsets(maps, replay, generator) -> dict[str, OffsetMeans]:
                     means.add(image, maps[site], queries)
         return attend()
 
-    replay(visit, True)
+    replay(visit, _CHANNELS, first_batch_only=True)
     return offsets
 
 
@@ -158,7 +187,7 @@ def _direction_sums(blocks, maps, offsets, replay) -> dict[str, Sums]:
             sums[site].add(torch.cat(features, dim=-1), centred(y.float()))
         return y
 
-    replay(visit, False)
+    replay(visit, _CHANNELS)
     return sums
 
 

@@ -1,12 +1,16 @@
 """Linear regression from running sums: no activation is kept, and held-out error costs nothing."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 # Ridge strengths tried, relative to each feature's own power.
 _STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
+# Where the search among them begins.
+_START = 4
 
 
 @dataclass
@@ -28,10 +32,11 @@ class Sums:
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
         """features [N, F], targets [N, T]: count these rows in."""
-        features, targets = features.float(), targets.float()
-        self.features += (features.T @ features).double().cpu()
-        self.cross += (features.T @ targets).double().cpu()
-        self.power += targets.square().sum().item()
+        features, size = _unit_range(features.float())
+        targets, target_size = _unit_range(targets.float())
+        self.features += (features.T @ features).double().cpu() * size**2
+        self.cross += (features.T @ targets).double().cpu() * (size * target_size)
+        self.power += targets.square().sum().item() * target_size**2
         self.count += len(features)
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -42,10 +47,11 @@ class Sums:
             self.count + other.count,
         )
 
-    def error(self, weight: torch.Tensor) -> float:
-        """Squared error of `weight` [F, T] on these rows, over the power of the targets."""
-        fit = (weight * (self.features @ weight - 2 * self.cross)).sum().item()
-        return (self.power + fit) / max(self.power, 1e-30)
+    def beyond(self, weight: torch.Tensor) -> "Sums":
+        """Sums of the same features, and of what `weight` [F, T] leaves of the targets."""
+        explained = self.features @ weight
+        power = self.power + (weight * (explained - 2 * self.cross)).sum().item()
+        return Sums(self.features, self.cross - explained, max(power, 0.0), self.count)
 
 
 def ridge(sums: Sums, strength: torch.Tensor | float) -> torch.Tensor:
@@ -53,30 +59,89 @@ def ridge(sums: Sums, strength: torch.Tensor | float) -> torch.Tensor:
 
     `strength` is one number or one per feature [F].
     """
-    power = sums.features.diagonal().clamp_min(1e-12)
+    power = sums.features.diagonal()
     # Unit-power features first: powers differ by orders of magnitude between channels.
-    scale = power.rsqrt()
+    scale = torch.where(power > 0, power.rsqrt(), 0.0)
     system = sums.features * scale[:, None] * scale
     system.diagonal().add_(torch.as_tensor(strength, dtype=torch.float64) + 1e-9)
-    return torch.linalg.solve(system, sums.cross * scale[:, None]) * scale[:, None]
+    # Not `solve`, which raises on a singular system; what it gives then is not finite.
+    solution, _ = torch.linalg.solve_ex(system, sums.cross * scale[:, None])
+    return solution * scale[:, None]
 
 
-def fit(halves: Sequence[Sums], penalised: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Weight [F, T] from two halves of the data, and its held-out relative error.
+def fit(
+    halves: Sequence[Sums], groups: torch.Tensor, start: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
+    """Weight [F, T] from two halves of the data, and its held-out error over the targets' power.
 
-    `penalised` [F] marks features whose ridge strength is chosen by fitting one half and judging
-    on the other; the rest keep the weakest. The weight itself is fitted on both halves.
+    `groups` [F] numbers the features: those of one group, from 1 up, share a ridge strength, and
+    group 0 keeps the weakest. The strengths are chosen by fitting one half and judging on the
+    other, and so is the share that is taken of the way from `start` [F, T], else zero, to the
+    solution: the held-out error is never above that of `start`, nor above 1 where there is none.
+    The weight itself is fitted on both halves.
     """
-    first, second = halves
-    mask = penalised.double()
+    power = halves[0].power + halves[1].power
+    weight = torch.zeros_like(halves[0].cross) if start is None else start.clone()
+    if start is not None:
+        halves = [half.beyond(start) for half in halves]
+    trials: dict[tuple[int, ...], tuple[float, float]] = {}
 
-    def held_out(strength: float) -> float:
-        per_feature = _STRENGTHS[0] + mask * strength
-        return second.error(ridge(first, per_feature)) + first.error(ridge(second, per_feature))
+    def gain(levels: tuple[int, ...]) -> float:
+        if levels not in trials:
+            trials[levels] = _gain(halves, _per_feature(groups, levels))
+        return trials[levels][0]
 
-    errors = {strength: held_out(strength) for strength in _STRENGTHS}
-    best = min(errors, key=errors.get)
-    return ridge(first + second, _STRENGTHS[0] + mask * best), errors[best] / 2
+    levels = _climb(gain, int(groups.max()))
+    left = halves[0].power + halves[1].power
+    best, (_, share) = gain(levels), trials[levels]
+    if share:
+        weight += share * ridge(halves[0] + halves[1], _per_feature(groups, levels))
+        left = max(left - best, 0.0)
+    return weight, left / power if power else 0.0
+
+
+def _per_feature(groups: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    """Ridge strength [F] of features whose groups from 1 up have these of `_STRENGTHS`."""
+    return torch.tensor([_STRENGTHS[level] for level in (0, *levels)]).double()[groups]
+
+
+def _gain(halves: Sequence[Sums], strength: torch.Tensor) -> tuple[float, float]:
+    """By how much a share of each half's solution lowers the other's squared error, and the share.
+
+    With w from one half and F, c of the other, error(α) = power − 2α·w·c + α²·w·Fw, summed over
+    both ways round; at the best α of 0…1 it is never above the power. No gain is a negative one.
+    """
+    agreement = size = 0.0
+    for fitted, other in (halves, reversed(halves)):
+        weight = ridge(fitted, strength)
+        agreement += (weight * other.cross).sum().item()
+        size += (weight * (other.features @ weight)).sum().item()
+    if not math.isfinite(agreement + size):
+        return -math.inf, 0.0
+    if agreement <= 0:
+        return agreement, 0.0
+    share = min(1.0, agreement / size) if size > 0 else 1.0
+    return share * (2 * agreement - share * size), share
+
+
+def _climb(gain: Callable[[tuple[int, ...]], float], groups: int) -> tuple[int, ...]:
+    """The levels of `_STRENGTHS`, one per group, next to which no single level gains more."""
+    levels, before = (_START,) * groups, None
+    while levels != before:
+        before = levels
+        for group, step in product(range(groups), (1, -1)):
+            while 0 <= levels[group] + step < len(_STRENGTHS):
+                tried = (*levels[:group], levels[group] + step, *levels[group + 1 :])
+                if gain(tried) <= gain(levels):
+                    break
+                levels = tried
+    return levels
+
+
+def _unit_range(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """x over its largest magnitude, and that: squares of neither end leave float32's range."""
+    size = x.abs().max().item() if x.numel() else 0.0
+    return (x / size, size) if size else (x, 1.0)
 
 
 def leading_directions(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

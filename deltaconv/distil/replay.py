@@ -15,14 +15,16 @@ def replay_of(
 ) -> Replay:
     """Runs the teacher over `init_images`, apart from the training's own order of images.
 
-    Every batch is computed in `parts()` parts, as the layers stage computes it.
+    Every batch is computed in `parts()` parts, as the layers stage computes it. Each turn has noise
+    of its own, and goes on among the images where the one before it ended.
     """
     batch, seed = settings.layers.batch, settings.seed ^ 0x5EED
 
-    def replay(visit: Callable, first_batch_only: bool) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        count = 1 if first_batch_only else -(-settings.init_images // batch)
-        for position in range(count):
+    def replay(visit: Callable, turn: int, first_batch_only: bool = False) -> None:
+        generator = torch.Generator().manual_seed(seed + turn)
+        count = -(-settings.init_images // batch)
+        first = turn * count
+        for position in range(first, first + (1 if first_batch_only else count)):
             inputs = draw(
                 dataset,
                 teacher,
