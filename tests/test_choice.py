@@ -1,4 +1,4 @@
-"""The choice between block and attention, measured with real clocks on real work."""
+"""The choice between block and attention, by a clock that stands still but for the work."""
 
 import math
 import time
@@ -42,7 +42,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_the_faster_way_is_taken():
+def test_the_faster_way_is_taken(clock):
     assert takes_block(work(0.001, []), work(0.02, []))
     assert not takes_block(work(0.02, []), work(0.001, []))
 
@@ -117,7 +117,7 @@ def test_a_block_that_runs_out_of_memory_later_has_lost_too():
     assert not takes_block(block, work(0.01, []))
 
 
-def test_every_key_is_measured_once():
+def test_every_key_is_measured_once(clock):
     choices, calls = Choices(), []
     way = work(0.001, calls)
     first = choices.choose("a", (8, 8), CPU, way, way)
@@ -162,7 +162,10 @@ def test_every_device_has_its_own_budget_and_times(clock):
 
 
 def test_seconds_are_those_of_the_clock():
-    assert 0.02 <= seconds(CPU, work(0.02, [])) < 0.2
+    start = time.perf_counter()
+    found = seconds(CPU, work(0.02, []))
+    # However long a busy machine lets it sleep.
+    assert 0.02 <= found <= time.perf_counter() - start
 
 
 def test_the_queue_is_that_of_the_tensors_own_device(monkeypatch):

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 
 import pytest
 from comfyui_deltaconv.development import ROOT, DevelopmentError, comfyui
@@ -136,20 +135,20 @@ def clone(tmp_path):
 
 def test_interrupted_set_up_goes_on_and_a_broken_one_is_repaired(clone):
     first = clone("lint")
-    said = first.communicate(timeout=120)[0]
+    said = first.communicate(timeout=600)[0]
     assert first.returncode == 1
     assert "Fetching ComfyUI 0.30.0 … failed" in said
     assert "package index could not be reached" in said and "Traceback" not in said
 
     made = clone.root / ".venv" / "pyvenv.cfg"
     before = made.stat().st_mtime_ns
-    said = clone("lint").communicate(timeout=120)[0]
+    said = clone("lint").communicate(timeout=600)[0]
     assert "package index could not be reached" in said
     assert made.stat().st_mtime_ns == before
 
     (packages,) = clone.root.glob(".venv/[Ll]ib/**/site-packages")
     shutil.rmtree(packages / "pip" / "_internal")
-    said = clone("lint").communicate(timeout=120)[0]
+    said = clone("lint").communicate(timeout=600)[0]
     assert "incomplete; making it anew" in said
     assert (packages / "pip" / "_internal").is_dir()
 
@@ -158,28 +157,32 @@ def test_a_foreign_folder_in_place_of_the_environment_is_left_alone(clone):
     (clone.root / ".venv").mkdir()
     (clone.root / ".venv" / "mine.txt").write_text("mine")
     run = clone("lint")
-    assert "is not a virtual environment" in run.communicate(timeout=60)[0]
+    assert "is not a virtual environment" in run.communicate(timeout=600)[0]
     assert run.returncode == 1
     assert [path.name for path in (clone.root / ".venv").iterdir()] == ["mine.txt"]
 
 
 def test_two_set_ups_of_one_folder_take_turns(clone):
     first, second = clone("lint"), clone("lint")
-    said = [run.communicate(timeout=120)[0] for run in (first, second)]
+    said = [run.communicate(timeout=600)[0] for run in (first, second)]
     assert sum("Another set-up of this folder is running" in text for text in said) == 1
     assert all("package index could not be reached" in text for text in said)
 
 
 def test_unknown_command_and_help_need_no_set_up(clone):
     wrong = clone("tset")
-    assert "Unknown command 'tset'" in wrong.communicate(timeout=20)[0] and wrong.returncode == 2
+    assert "Unknown command 'tset'" in wrong.communicate(timeout=600)[0] and wrong.returncode == 2
     asked = clone("--help")
-    assert "python dev.py COMMAND" in asked.communicate(timeout=20)[0] and asked.returncode == 0
+    assert "python dev.py COMMAND" in asked.communicate(timeout=600)[0] and asked.returncode == 0
     assert not (clone.root / ".venv").exists()
 
 
 def test_second_set_up_check_is_quick():
     # The environment is complete, since these tests run in it.
-    start = time.perf_counter()
+    # Its own time, which Windows does not tell: 0.15 to 0.18 s over five runs on a busy
+    # machine. Asking pip to install what is there takes 1.4 s.
+    before = os.times()
     subprocess.run([sys.executable, ROOT / "dev.py", "lint", "--help"], check=True)
-    assert time.perf_counter() - start < 3
+    after = os.times()
+    spent = after.children_user + after.children_system
+    assert spent - before.children_user - before.children_system < 1

@@ -140,10 +140,7 @@ def test_two_states_are_kept_and_no_part(tmp_path):
 def test_killed_process_loses_at_most_the_steps_since_the_last_save(tmp_path):
     process = subprocess.Popen([sys.executable, str(TOY), str(tmp_path), "100000"])
     try:
-        deadline = time.monotonic() + 60
-        while len(state_files(tmp_path)) < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(process, lambda: len(state_files(tmp_path)) == 2)
     finally:
         process.kill()
         process.wait()
@@ -165,10 +162,7 @@ def test_killed_at_any_moment_a_whole_state_is_there(tmp_path):
     for number in range(3):
         process = subprocess.Popen([sys.executable, str(TOY), str(tmp_path), "100000"])
         try:
-            deadline = time.monotonic() + 60
-            while not state_files(tmp_path) or _newest(tmp_path) < reached + 4:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.002)
+            wait_for(process, lambda least=reached + 4: _newest(tmp_path) >= least)
             time.sleep(random.Random(number).uniform(0, 0.02))
         finally:
             process.kill()
@@ -185,7 +179,17 @@ def test_killed_at_any_moment_a_whole_state_is_there(tmp_path):
 
 
 def _newest(folder):
-    return int(state_files(folder)[0].stem.split("-")[1])
+    """The number of the newest state, 0 where there is none."""
+    return max((int(path.stem.split("-")[1]) for path in state_files(folder)), default=0)
+
+
+def wait_for(process, reached):
+    """Until `reached()`: most of a minute where two cores do ten other things."""
+    deadline = time.monotonic() + 600
+    while not reached():
+        assert process.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline, "hangs"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

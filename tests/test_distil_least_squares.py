@@ -162,10 +162,10 @@ def errors_on_new_images(teacher, blocks):
 def test_layers_that_no_block_approximates_are_left_alone(images, batch):
     teacher = Unrelated()
     record = initialised(teacher, images, batch)
-    assert all(error <= 1 + 1e-9 for error in record.losses.values())
+    assert max(record.losses.values()) <= 1 + 1e-9
     blocks = record.student.averaged_blocks()
     new = errors_on_new_images(teacher, blocks)
-    assert all(error < 1.1 for error in new.values())
+    assert max(new.values()) < 1.1
     again = initialised(teacher, images, batch)
     for site, block in again.student.averaged_blocks().items():
         found = blocks[site].state_dict()
@@ -176,9 +176,9 @@ def test_layers_that_no_block_approximates_are_left_alone(images, batch):
 def test_few_images_help_or_do_no_harm(images):
     teacher = toy.ToyTeacher()
     record = initialised(teacher, images)
-    assert all(error <= 1 + 1e-9 for error in record.losses.values())
+    assert max(record.losses.values()) <= 1 + 1e-9
     new = errors_on_new_images(teacher, record.student.averaged_blocks())
-    assert all(error < (1.2 if images < 16 else 0.5) for error in new.values())
+    assert max(new.values()) < (1.2 if images < 16 else 0.5)
 
 
 def test_silent_layers_get_silent_blocks():
@@ -204,4 +204,4 @@ def test_refit_on_few_images_keeps_what_training_reached():
         return errors_on_new_images(teacher, last.student.averaged_blocks())
 
     before, after = reached(False, 2), reached(True, 2)
-    assert all(after[site] < 1.1 * before[site] for site in toy.PLAN)
+    assert max(after[site] / before[site] for site in toy.PLAN) < 1.1
