@@ -226,6 +226,7 @@ def test_every_contender_runs_what_it_says(base, weights):
     assert plot.shape[0] == 1 and plot.shape[-1] == 3 and plot.std() > 0.05
 
 
+@pytest.mark.any_comfyui
 def test_no_sizes_means_the_usual_ones(base, weights, monkeypatch):
     monkeypatch.setattr(demo, "NATIVE_SIZE", 8)
     table, _ = run(base, weights, sizes="")
@@ -266,6 +267,7 @@ def test_the_blocks_are_gone_afterwards(base, weights, monkeypatch):
     assert len(seen) == 1 and seen[0]() is None
 
 
+@pytest.mark.any_comfyui
 def test_out_of_memory_at_one_size_is_reported_and_the_rest_goes_on(base, weights):
     site = "middle_block.1.transformer_blocks.0.attn1"
     model, key = base.clone(), f"diffusion_model.{site}.forward"
@@ -284,6 +286,7 @@ def test_out_of_memory_at_one_size_is_reported_and_the_rest_goes_on(base, weight
     assert plot.std() > 0.05 and loaded() == []
 
 
+@pytest.mark.any_comfyui
 def test_without_room_for_the_input_the_whole_size_is_reported(base, weights, monkeypatch):
     from comfyui_deltaconv.nodes import benchmark_run
 
@@ -321,6 +324,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(base, weights, monkeypatch, aft
     assert loaded() == [base] and state_of(base) == state
 
 
+@pytest.mark.any_comfyui
 def test_without_matplotlib_the_table_still_comes(base, weights, monkeypatch):
     expected, _ = run(base, weights, sizes="8")
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
@@ -339,6 +343,7 @@ def test_weights_of_another_model_are_refused_before_anything_is_loaded(base, we
     assert loaded() == []
 
 
+@pytest.mark.any_comfyui
 def test_pixart_is_measured_in_whole_patches(as_comfyui_runs_nodes):
     import comfy.model_patcher
     import comfy.supported_models
@@ -371,6 +376,7 @@ def test_pixart_is_measured_in_whole_patches(as_comfyui_runs_nodes):
         run(model, weights_of_blocks(blocks), sizes="72")
 
 
+@pytest.mark.any_comfyui
 def test_a_model_that_reads_a_pooled_prompt_is_measured(as_comfyui_runs_nodes):
     import comfy.model_patcher
     import comfy.supported_models
@@ -451,6 +457,7 @@ def step_entry(as_comfyui_runs_nodes, monkeypatch):
     return measure
 
 
+@pytest.mark.any_comfyui
 def test_steps_of_whole_models_take_turns_behind_a_warm_up(step_entry, monkeypatch):
     from comfyui_deltaconv.deltaconv.block import DeltaConvBlock
     from comfyui_deltaconv.development import model_steps
