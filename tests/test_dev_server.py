@@ -81,6 +81,7 @@ def test_a_server_that_dies_at_boot_shows_its_log(comfyui_tree, tmp_path):
     assert "unrecognized arguments: --no-such-option" in str(died.value)
 
 
+@pytest.mark.any_comfyui
 def test_a_pack_that_fails_to_import_is_an_error(comfyui_tree, tmp_path):
     broken = tmp_path / "custom_nodes" / "deltaconv"
     broken.mkdir(parents=True)
