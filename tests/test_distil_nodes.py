@@ -225,6 +225,7 @@ def progress(comfy):
     comfy.utils.set_progress_bar_global_hook(None)
 
 
+@pytest.mark.any_comfyui
 def test_pictures_of_teacher_and_student_and_the_curve_are_shown(model, progress):
     node(model, layer_steps=4, preview_every=2)
     kinds = [(kind, picture.size) for _, _, (kind, picture, _) in filter(lambda p: p[2], progress)]
@@ -326,6 +327,7 @@ def test_applied_blocks_do_not_make_another_base(model):
     assert fingerprint(patched) == fingerprint(model)
 
 
+@pytest.mark.any_comfyui
 def test_what_a_distillation_keeps_is_not_offered_as_weights(model):
     from comfyui_deltaconv.nodes.folders import list_files, output_folder, register_folders
 
@@ -338,6 +340,7 @@ def test_what_a_distillation_keeps_is_not_offered_as_weights(model):
     assert [Path(name).name for name in mine] == ["mine.safetensors"]
 
 
+@pytest.mark.any_comfyui
 def test_record_counts_every_step_once(model):
     assert node(model)[0].training["steps"] == 3
     assert node(model, layer_steps=5)[0].training["steps"] == 5
@@ -525,6 +528,7 @@ def test_evaluate_node_wants_a_prompt_for_every_conditioning(model):
         )
 
 
+@pytest.mark.any_comfyui
 def test_evaluate_node_tells_good_weights_from_bad(model):
     from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
 
@@ -544,6 +548,7 @@ def test_evaluate_node_tells_good_weights_from_bad(model):
     assert "PSNR" in table and plot.ndim == grid.ndim == 4 and grid.shape[-1] == 3
 
 
+@pytest.mark.any_comfyui
 @pytest.mark.parametrize("seeds", ["", "-5, 1", "1.5", "18446744073709551616", "one"])
 def test_evaluate_node_refuses_what_is_no_seed(seeds):
     from comfyui_deltaconv.nodes.evaluate import _seeds
