@@ -126,6 +126,7 @@ def test_page_opens_the_workflow_as_the_converter_reads_it(browser, server, work
     assert in_page(browser, "return app.graph.nodes.filter(n => n.has_errors).length") == 0
 
 
+@pytest.mark.any_comfyui
 def test_the_workflow_distils_saves_and_compares(server, workflow):
     prompt = to_prompt(workflow, server.object_info())
     nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
