@@ -209,6 +209,7 @@ def test_pixart_is_measured_without_changing_it(pixart, size):
     )
 
 
+@pytest.mark.any_comfyui
 def test_a_window_that_holds_the_map_costs_nothing_and_blocks_cost_what_they_cost(
     model, positive, small
 ):
@@ -318,6 +319,7 @@ def test_interrupt_stops_within_one_site_and_leaves_the_model_as_it_was(
     assert torch.equal(call(model, golden), stock)
 
 
+@pytest.mark.any_comfyui
 @pytest.mark.parametrize(
     ("inputs", "reason"),
     [
@@ -354,6 +356,7 @@ class Page(html.parser.HTMLParser):
         self.data += data if self.inside else ""
 
 
+@pytest.mark.any_comfyui
 def test_saves_json_and_one_page_that_needs_nothing_else(
     model, positive, small, tmp_path, monkeypatch
 ):
