@@ -68,6 +68,7 @@ def given(comfyui_tree, tmp_path_factory):
     return {**answer["given"], "base": base}
 
 
+@pytest.mark.any_comfyui
 def test_every_node_gives_its_outputs(given):
     assert "middle" in given["locality"][0]
     assert ": replace kernel=" in given["recipe"][1]
@@ -79,6 +80,7 @@ def test_every_node_gives_its_outputs(given):
     assert set(pictures) == {"Tensor"} and given["previews"] == ["Image"] * 3
 
 
+@pytest.mark.any_comfyui
 def test_what_is_missing_is_said_with_what_to_do(given):
     assert "LPIPS needs torchmetrics: pip install torchmetrics" in given["evaluate"][0]
     page = next((given["base"] / "output" / "deltaconv").glob("*.html"))
