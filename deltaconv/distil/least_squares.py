@@ -95,7 +95,10 @@ def fit(
     left = halves[0].power + halves[1].power
     best, (_, share) = gain(levels), trials[levels]
     if share:
-        weight += share * ridge(halves[0] + halves[1], _per_feature(groups, levels))
+        # Strengths are relative to the power of the rows. The noise in them calls for an absolute
+        # one: for twice the rows, half of it.
+        strength = _per_feature(groups, levels) / 2
+        weight += share * ridge(halves[0] + halves[1], strength)
         left = max(left - best, 0.0)
     return weight, left / power if power else 0.0
 
