@@ -53,13 +53,13 @@ def absent(tree: Path) -> set[str]:
     }
 
 
-@pytest.fixture(scope="module")
-def given(comfyui_tree, tmp_path_factory):
+@pytest.fixture
+def given(comfyui_tree, tmp_path):
     """What every node gave in a process that finds nothing but what ComfyUI brings."""
     modules = absent(comfyui_tree)
     # Each is installed here, so what was found without it was found without looking.
     assert modules >= EXTRAS and not modules & {"torch", "scipy", "PIL", "kornia", "transformers"}
-    base = tmp_path_factory.mktemp("bare")
+    base = tmp_path
     line = [sys.executable, "-I", SCRIPT, comfyui_tree, base, ",".join(sorted(modules))]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,7 +69,7 @@ def given(comfyui_tree, tmp_path_factory):
 
 
 @pytest.mark.any_comfyui
-def test_every_node_gives_its_outputs(given):
+def test_every_node_gives_its_outputs_and_says_what_is_missing(given):
     assert "middle" in given["locality"][0]
     assert ": replace kernel=" in given["recipe"][1]
     assert "PSNR" in given["compare"][1]
@@ -78,10 +78,6 @@ def test_every_node_gives_its_outputs(given):
     assert "16" in given["benchmark"][0]
     pictures = [*given["locality"][1:], given["recipe"][2], *given["evaluate"][1:3]]
     assert set(pictures) == {"Tensor"} and given["previews"] == ["Image"] * 3
-
-
-@pytest.mark.any_comfyui
-def test_what_is_missing_is_said_with_what_to_do(given):
     assert "LPIPS needs torchmetrics: pip install torchmetrics" in given["evaluate"][0]
     page = next((given["base"] / "output" / "deltaconv").glob("*.html"))
     assert "pip install matplotlib" in page.read_text(encoding="utf-8")
