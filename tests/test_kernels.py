@@ -314,7 +314,8 @@ import sys, torch
 from comfyui_deltaconv.kernels import ahead
 from comfyui_deltaconv.kernels.accuracy import Case
 gate, dtype, target = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
-for launch in ahead.launches(Case(1, 8, 8, 64, 3, gate=gate), dtype, gradients=True):
+biased = (0, 1) if gate == "sigmoid" else ()
+for launch in ahead.launches(Case(1, 8, 8, 64, 3, gate=gate, biased=biased), dtype, gradients=True):
     text = ahead.compiled_for(launch, dtype, target).asm["ttir"]
     carried = [line.count("xf32>") for line in text.split("\\n") if "scf.for" in line]
     rows = launch.constants.get("ROWS", 0)
