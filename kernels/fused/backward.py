@@ -187,9 +187,9 @@ def pyramid_projection_backward(
     pool_bias: torch.Tensor,
     biases: Biases = (),
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, both projections, kernels …
+    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, projections, kernels, biases.
 
-    … and of every bias [h] that there is.
+    Biases [h] are those that there are.
     """
     arguments = (gradient, x, u, weights, scales, gate, out_weight, pool_weight, biases)
     return projection_backward(gated_pyramid_backward, *arguments)
