@@ -1,7 +1,7 @@
 """The ΔConv core: block, weights, families, costs. It knows torch and nothing of the host."""
 
 from .block import DeltaConvBlock
-from .weight_file import read_weights, write_weights
-from .weights import DeltaConvWeights, WeightsError
+from .weights.file import read_weights, write_weights
+from .weights.model import DeltaConvWeights, WeightsError
 
 __all__ = ["DeltaConvBlock", "DeltaConvWeights", "WeightsError", "read_weights", "write_weights"]

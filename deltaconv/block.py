@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..kernels import GATES, Biases, gated_pyramid, pyramid_projection
-from .layout import check_geometry, complete_state, default_scales, read_geometry
+from .geometry import check_geometry, complete_state, default_scales, read_geometry
 
 
 class DepthwiseKernel(nn.Module):

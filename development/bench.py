@@ -1,7 +1,7 @@
-"""`python dev.py bench`: time attention, its replacements and ours; see kernels/README.md."""
+"""`python dev.py bench`: time attention, its replacements and ours; see benchmarks/README.md."""
 
-from ..kernels import bench
+from ..benchmarks import layers
 
 
 def main(argv: list[str]) -> int:
-    return bench.main(argv)
+    return layers.main(argv)

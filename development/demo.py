@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import mean
 
 from . import ROOT, DevelopmentError
-from .client import Client, Json
-from .comfyui import chosen_tree, version_of
+from .comfyui.client import Client, Json
+from .comfyui.server import FASTEST_ATTENTION, Server, has_accelerator, running
+from .comfyui.tree import chosen_tree, version_of
+from .comfyui.workflow import links, to_prompt, without_others
 from .demo_locality import draw_locality
-from .server import FASTEST_ATTENTION, Server, has_accelerator, running
-from .workflow import links, to_prompt, without_others
 
 WORKFLOW = ROOT / "workflows" / "deltaconv_demo.json"
 PROMPTS = ("red apple", "sun with face", "cat face", "octopus")
@@ -199,7 +199,7 @@ def _save_grid(path: Path, prompts, pictures, seconds, steps: int) -> list[float
     import numpy as np
     import torch
 
-    from ..deltaconv.compare import compare
+    from ..deltaconv.pictures.metrics import compare
     from .grid import Pair, draw_grid
 
     def batch(role: str) -> torch.Tensor:

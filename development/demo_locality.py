@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from . import ROOT
-from .client import Json
-from .comfyui import chosen_tree, version_of
-from .server import FASTEST_ATTENTION, Server, has_accelerator, running
-from .workflow import links, to_prompt
+from .comfyui.client import Json
+from .comfyui.server import FASTEST_ATTENTION, Server, has_accelerator, running
+from .comfyui.tree import chosen_tree, version_of
+from .comfyui.workflow import links, to_prompt
 
 WORKFLOW = ROOT / "workflows" / "attention_locality.json"
 # Output of the measuring or the recipe node → file it is kept as.

@@ -1,4 +1,4 @@
-"""`python dev.py distil --config x.yaml`: distil the demo, or any checkpoint, from the terminal.
+"""`python dev.py distill --config x.yaml`: distill the demo, or any checkpoint, from the terminal.
 
 The configuration, all entries optional:
 
@@ -10,7 +10,7 @@ The configuration, all entries optional:
     recipe: {<site>: [9, [1, 0.5]]}   # or a kernel alone; default: all sites, 11, 9, 7 by level
     gate: scaled
     preset: default              # or paper, or what the authors' code does instead: code-sd15,
-                                 # code-sdxl, code-pixart (deltaconv/distil/presets.py)
+                                 # code-sdxl, code-pixart (deltaconv/distillation/presets.py)
     settings: {layers: {steps: 300}, joint: {steps: 300}}   # what differs from the preset
     folder: output/distil        # state, log.jsonl and the weights, deltaconv.safetensors
 
@@ -26,8 +26,9 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-from . import ROOT, DevelopmentError, host
-from .comfyui import chosen_tree
+from . import ROOT, DevelopmentError
+from .comfyui import in_process
+from .comfyui.tree import chosen_tree
 from .distil_compare import AUTHORS
 
 _ENTRIES = {
@@ -99,7 +100,7 @@ def read_config(path: Path | None) -> dict:
         raise DevelopmentError(f"Expected a YAML file at {path}, got: {error}.") from error
     if not isinstance(config, dict):
         raise DevelopmentError(f"Expected entries by name in {path}, got {config!r:.60}.")
-    from ..deltaconv.distil import PRESETS
+    from ..deltaconv.distillation import PRESETS
 
     problems = [f"unknown entry {name!r:.40}" for name in config if name not in _ENTRIES]
     problems += [
@@ -122,14 +123,14 @@ def read_config(path: Path | None) -> dict:
 def entered(accelerator: bool = False) -> Iterator[None]:
     """ComfyUI in this process, writing nowhere but into a folder that is removed again."""
     with tempfile.TemporaryDirectory(prefix="deltaconv-") as base:
-        host.enter(chosen_tree(), Path(base), accelerator=accelerator)
+        in_process.enter(chosen_tree(), Path(base), accelerator=accelerator)
         yield
 
 
 def run(config: Mapping) -> None:
     """Distil as `config` says, printing a line now and then; resumes what its folder holds."""
     from ..deltaconv import write_weights
-    from ..deltaconv.distil import default_kernels, distil, weights_of
+    from ..deltaconv.distillation import default_kernels, distill, weights_of
 
     folder = Path(config.get("folder", ROOT / "output" / "distil"))
     try:
@@ -140,7 +141,7 @@ def run(config: Mapping) -> None:
         # Before the teacher is loaded: a CLIP or VAE that needs its memory would push it out.
         data = chosen_data(config, teacher)
         gate = config.get("gate", "scaled")
-        records = distil(teacher, recipe, data, settings, gate=gate, folder=folder / "state")
+        records = distill(teacher, recipe, data, settings, gate=gate, folder=folder / "state")
         log = open(folder / "log.jsonl", "a", encoding="utf-8")
         with log, teacher, closing(records):
             started = time.monotonic()
@@ -165,20 +166,20 @@ def line_of(record, seconds: float) -> str:
 
 def chosen_settings(config: Mapping):
     """The preset with the configuration's own settings on top."""
-    from ..deltaconv.distil import PRESETS, DistilSettings
+    from ..deltaconv.distillation import PRESETS, DistillationSettings
 
     mapping = PRESETS[config.get("preset", "default")]().to_mapping()
     for name, value in (config.get("settings") or {}).items():
         nested = isinstance(value, Mapping) and name in ("layers", "joint")
         mapping[name] = {**mapping[name], **value} if nested else value
-    return DistilSettings.from_mapping(mapping)
+    return DistillationSettings.from_mapping(mapping)
 
 
 def load_teacher(config: Mapping, settings):
     """The packaged demo teacher, or the checkpoint that the configuration names."""
     from ..deltaconv import demo
-    from ..nodes.demo_model import load_demo_model
-    from ..nodes.teacher import ComfyTeacher
+    from ..nodes.host.demo_model import load_demo_model
+    from ..nodes.host.teacher import ComfyTeacher
 
     name = config.get("model", "demo")
     if name == "demo":
@@ -205,10 +206,10 @@ def load_teacher(config: Mapping, settings):
 def chosen_data(config: Mapping, teacher):
     """The demo's pictures or a folder's; of prompts a function that draws the teacher's samples."""
     from ..deltaconv import demo
-    from ..deltaconv.distil import Dataset
-    from ..deltaconv.distil.own_samples import own_samples
+    from ..deltaconv.distillation import Dataset
+    from ..deltaconv.distillation.own_samples import own_samples
     from ..deltaconv.families import FAMILIES
-    from ..nodes.conditioning import encode_prompts
+    from ..nodes.host.conditioning import encode_prompts
 
     family = FAMILIES.get(teacher.family)
     pixels = 8 if teacher.vae is not None else 1

@@ -40,7 +40,7 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     figure. The pictures' PSNR is that of seed 0. `output` is JSON, written after every run: a
     comparison of the same settings that was stopped goes on from it.
     """
-    from ..deltaconv.distil import default_kernels
+    from ..deltaconv.distillation import default_kernels
     from .distil import chosen_data, load_teacher
 
     authors = partial(_authors, against)
@@ -105,7 +105,7 @@ def _begun(output: Path, identity: dict) -> dict:
 
 
 def _ours(steps: tuple[int, int], rate: float, seed: int):
-    from ..deltaconv.distil import default_settings
+    from ..deltaconv.distillation import default_settings
 
     settings = default_settings(seed=seed)
     return replace(
@@ -116,7 +116,7 @@ def _ours(steps: tuple[int, int], rate: float, seed: int):
 
 
 def _authors(preset: str, steps: tuple[int, int], rate: float, seed: int):
-    from ..deltaconv.distil import PRESETS
+    from ..deltaconv.distillation import PRESETS
 
     settings = PRESETS[preset](seed=seed, unconditional=0.1)
     return replace(settings, joint=_stage(settings.joint, steps[1], 1e-3 * rate))
@@ -128,7 +128,7 @@ def _stage(stage, steps: int, lr: float):
 
 
 def _steps_within(budget: float, name: str, pace: Mapping[str, float]) -> tuple[int, int]:
-    """Layer and joint steps: of ours, as long in all each, after the initialisation."""
+    """Layer and joint steps: of ours, as long in all each, after the initialization."""
     if name != "ours":
         return 0, int(budget / pace[f"{name} joint"])
     rest = max(0.0, budget - pace["ours init"])
@@ -136,13 +136,13 @@ def _steps_within(budget: float, name: str, pace: Mapping[str, float]) -> tuple[
 
 
 def _seconds_per_step(teacher, kernels, data, presets) -> dict[str, float]:
-    """Seconds of the initialisation and of one step of each stage, after two to warm up."""
-    from ..deltaconv.distil import distil
+    """Seconds of the initialization and of one step of each stage, after two to warm up."""
+    from ..deltaconv.distillation import distill
 
     seconds = {}
     for name, preset in presets.items():
         settings = preset((5 if name == "ours" else 0, 5), 1.0, 0)
-        for record in distil(teacher, kernels, data, settings):
+        for record in distill(teacher, kernels, data, settings):
             if record.stage == "init" or record.step > 2:
                 seconds.setdefault(f"{name} {record.stage}", []).append(record.seconds)
     return {name: mean(values) for name, values in seconds.items()}
@@ -150,11 +150,11 @@ def _seconds_per_step(teacher, kernels, data, presets) -> dict[str, float]:
 
 def _train(teacher, kernels, data, settings) -> dict:
     """Blocks, their mse on held-out noise, and the seconds that training them took."""
-    from ..deltaconv.distil import distil
-    from ..deltaconv.distil.evaluate import held_out_error
+    from ..deltaconv.distillation import distill
+    from ..deltaconv.distillation.evaluation import held_out_error
 
     started = time.monotonic()
-    for record in distil(teacher, kernels, data, settings):
+    for record in distill(teacher, kernels, data, settings):
         student = record.student
     seconds = time.monotonic() - started
     blocks = student.averaged_blocks()
@@ -167,8 +167,8 @@ def twelve_pictures(teacher, blocks: Mapping):
     """Pictures [12, 3, 64, 64] of the twelve prompts: one batch, seed 1, 30 steps, CFG 4."""
     import torch
 
-    from ..deltaconv.distil import sample
-    from ..nodes.conditioning import encode_prompts
+    from ..deltaconv.distillation import sample
+    from ..nodes.host.conditioning import encode_prompts
 
     noise = torch.randn((12, 3, 64, 64), generator=torch.Generator().manual_seed(1))
     conditions = encode_prompts(teacher, TWELVE, None)

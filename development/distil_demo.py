@@ -1,6 +1,6 @@
 """What `python dev.py demo --distil` runs: the demo teacher distilled in a few minutes on a CPU.
 
-The time is fixed and the work adapts: pictures, initialisation and steps are planned from what one
+The time is fixed and the work adapts: pictures, initialization and steps are planned from what one
 call and one step take on this machine.
 """
 
@@ -32,7 +32,7 @@ class Pace:
         return max(6, min(20, int(seconds / 5 / (2 * column))))
 
     def init_images(self, seconds: float) -> int:
-        """Images at which the initialisation, which sees each twice, takes an eighth of it."""
+        """Images at which the initialization, which sees each twice, takes an eighth of it."""
         per_image = 2 * self.teacher / len(PROMPTS)
         batches = int(seconds / 8 / per_image / _BATCH)
         return _BATCH * max(4, min(16, batches))
@@ -48,12 +48,12 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
     """Distil the demo teacher within `seconds`, print how the loss falls, write grid and curve.
 
     ComfyUI must be on the path (`host.enter`). The grid's columns are `COLUMNS`: untrained blocks
-    are random, initialised ones come from least squares alone. `side` is that of all pictures in
+    are random, initialized ones come from least squares alone. `side` is that of all pictures in
     pixels. Returns {"psnr": dB by column, "mse": error on held-out noise by stage}.
     """
     from ..deltaconv import write_weights
-    from ..deltaconv.distil import default_kernels, default_settings, distil, weights_of
-    from ..deltaconv.distil.plots import error_curve
+    from ..deltaconv.distillation import default_kernels, default_settings, distill, weights_of
+    from ..deltaconv.distillation.plots import error_curve
     from .distil import line_of, load_teacher
 
     started = time.monotonic()
@@ -81,7 +81,7 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
 
         settings = _with_steps(settings, 0, 0, init_images=pace.init_images(seconds))
         print(f"Least squares on {settings.init_images} images …", flush=True)
-        (record,) = distil(teacher, recipe, data, settings)
+        (record,) = distill(teacher, recipe, data, settings)
         blocks = record.student.averaged_blocks()
         pictures["initialised"] = draw(teacher, blocks, steps, side)
 
@@ -95,7 +95,7 @@ def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
             f"steps of {joint:.1f} s …",
             flush=True,
         )
-        with closing(distil(teacher, recipe, data, settings, start=blocks)) as records:
+        with closing(distill(teacher, recipe, data, settings, start=blocks)) as records:
             for record in records:
                 if record.stage == "init":
                     continue
@@ -149,7 +149,7 @@ def _data(teacher, side: int):
 def _untrained(teacher, recipe: Mapping) -> dict:
     import torch
 
-    from ..deltaconv.distil.settings import new_blocks, read_plan
+    from ..deltaconv.distillation.settings import new_blocks, read_plan
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -177,7 +177,7 @@ def _seconds_of_a_call(teacher, blocks: Mapping, side: int) -> float:
     """The lesser of two: the first call of a kind allocates."""
     import torch
 
-    from ..nodes.conditioning import encode_prompts
+    from ..nodes.host.conditioning import encode_prompts
 
     conditions = encode_prompts(teacher, PROMPTS, None)
     x, times = torch.zeros(len(PROMPTS), 3, side, side), []
@@ -191,17 +191,17 @@ def _seconds_of_a_call(teacher, blocks: Mapping, side: int) -> float:
 
 def _seconds_per_step(teacher, recipe, data, settings, blocks: Mapping) -> tuple[float, float]:
     """Seconds of one step of either stage, the second of two: the first allocates."""
-    from ..deltaconv.distil import distil
+    from ..deltaconv.distillation import distill
 
     found, trial = {}, _with_steps(settings, 2, 2)
-    for record in distil(teacher, recipe, data, trial, start=blocks):
+    for record in distill(teacher, recipe, data, trial, start=blocks):
         found[record.stage] = record.seconds
     return found["layers"], found["joint"]
 
 
 def _error(teacher, blocks: Mapping, data) -> float:
     """Mse of the predicted noise on 16 images of held-out noise."""
-    from ..deltaconv.distil.evaluate import held_out_error
+    from ..deltaconv.distillation.evaluation import held_out_error
 
     return held_out_error(teacher, blocks, data, batches=2)
 
@@ -210,8 +210,8 @@ def draw(teacher, blocks: Mapping, steps: int, side: int):
     """Pictures [B, 3, H, W] of the prompts, from equal noise; no blocks: the teacher's own."""
     import torch
 
-    from ..deltaconv.distil import sample
-    from ..nodes.conditioning import encode_prompts
+    from ..deltaconv.distillation import sample
+    from ..nodes.host.conditioning import encode_prompts
 
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn((len(PROMPTS), 3, side, side), generator=generator)
@@ -240,7 +240,7 @@ def sheet(pictures: Mapping, figures: Mapping[str, float]):
     """One labelled row per prompt, one labelled column per stage."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from ..deltaconv.compare import to_pil
+    from ..deltaconv.pictures.metrics import to_pil
 
     tile, margin, top, labels = 192, 12, 40, 130
     width = labels + len(COLUMNS) * (tile + margin)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import ROOT, DevelopmentError
-from .comfyui import (
+from .comfyui.tree import (
     NEWEST,
     Release,
     cache_folder,

@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import DevelopmentError, host
-from .comfyui import chosen_tree
+from . import DevelopmentError
+from .comfyui import in_process
+from .comfyui.tree import chosen_tree
 
 Shape = tuple[int | str, ...]
 INPUTS: dict[str, Shape] = {
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         )
     tensors = read_input(options.input)
     with tempfile.TemporaryDirectory(prefix="deltaconv-") as base:
-        host.enter(chosen_tree(), Path(base))
+        in_process.enter(chosen_tree(), Path(base))
         eps = predict_noise(tensors, None if options.weights == "none" else options.weights)
     write_output(options.output, {"eps": eps})
     return 0
@@ -83,13 +84,14 @@ def input_problems(shapes: Mapping[str, Shape]) -> list[str]:
 def predict_noise(tensors: Mapping, weights: str | None):
     """eps [B, 3, H, W] in float32 of the packaged teacher, patched by our own Apply if asked.
 
-    ComfyUI must be on the path (`host.enter`). Raises DevelopmentError for weights that do not fit.
+    ComfyUI must be on the path (`in_process.enter`). Raises DevelopmentError for weights that do
+    not fit.
     """
     import torch
 
     from ..deltaconv import read_weights
     from ..nodes.apply import DeltaConvApply
-    from ..nodes.demo_model import load_demo_model
+    from ..nodes.host.demo_model import load_demo_model
 
     # Nodes run under inference mode in the server too.
     with torch.inference_mode():

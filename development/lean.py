@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from . import ROOT, DevelopmentError
-from .comfyui import TORCH_PACKAGES, chosen_tree
+from .comfyui.tree import TORCH_PACKAGES, chosen_tree
 from .environment import VENV, locked, python_of
 from .release import tomllib
 

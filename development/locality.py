@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import DevelopmentError, host
-from .comfyui import chosen_tree
+from . import DevelopmentError
+from .comfyui import in_process
+from .comfyui.tree import chosen_tree
 from .eval import call_unet, read_input
 
 
@@ -29,21 +30,21 @@ def main(argv: list[str]) -> int:
         )
     tensors = read_input(options.input)
     with tempfile.TemporaryDirectory(prefix="deltaconv-") as base:
-        host.enter(chosen_tree(), Path(base))
+        in_process.enter(chosen_tree(), Path(base))
         sites = measure(tensors)
     write_json(options.output, sites)
     return 0
 
 
 def measure(tensors: Mapping) -> dict[str, dict[str, object]]:
-    """Site path → figures of the packaged teacher; ComfyUI must be on the path (`host.enter`)."""
+    """Site path → figures of the packaged teacher; `in_process.enter` comes first."""
     import torch
 
-    from ..deltaconv.locality_plan import LocalityPlan
-    from ..deltaconv.locality_report import SiteLocality, measure_site
-    from ..nodes.demo_model import load_demo_model
-    from ..nodes.locality_probe import Probe, probed
-    from ..nodes.sites import find_sites
+    from ..deltaconv.locality.report import SiteLocality, measure_site
+    from ..deltaconv.locality.settings import LocalityPlan
+    from ..nodes.host.demo_model import load_demo_model
+    from ..nodes.host.probe import Probe, probed
+    from ..nodes.host.sites import find_sites
 
     with torch.inference_mode():
         model = load_demo_model()

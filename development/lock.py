@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from . import ROOT, DevelopmentError
-from .comfyui import NEWEST, TORCH_PACKAGES, fetch_tree, requirement_name, requirements
+from .comfyui.tree import NEWEST, TORCH_PACKAGES, fetch_tree, requirement_name, requirements
 from .pip import Pip
 
 INPUT = ROOT / "development" / "requirements.in"

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 from . import ROOT
-from .comfyui import chosen_tree, version_of
-from .server import has_accelerator, running
+from .comfyui.server import has_accelerator, running
+from .comfyui.tree import chosen_tree, version_of
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from . import ROOT, test_queue
-from .comfyui import OLDEST, chosen_tree, version_of
+from .comfyui.tree import OLDEST, chosen_tree, version_of
 from .lean import lean_python
 from .pip import elapsed
 from .test_queue import END, FOLDER

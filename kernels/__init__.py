@@ -1,7 +1,7 @@
 """The heavy operations, each one public function over a definition and its fast forms."""
 
-from .dispatch import gated_pyramid, pyramid_projection
-from .gated_pyramid import (
+from .backend import gated_pyramid, pyramid_projection
+from .reference import (
     GATES,
     Biases,
     gated_pyramid_definition,

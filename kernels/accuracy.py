@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import gated_pyramid, pyramid_projection
-from .gated_pyramid import Biases, gated_pyramid_definition, pyramid_projection_definition
+from .backend import gated_pyramid, pyramid_projection
+from .reference import Biases, gated_pyramid_definition, pyramid_projection_definition
 
 
 class Case(NamedTuple):

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import dispatch
+from . import backend
 from .accuracy import Case, forward_errors, gradient_errors
+from .device import default_device, device_name
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
@@ -160,17 +161,8 @@ def implementation_of(case: Case, dtype: torch.dtype, device: torch.device | str
     # A tensor's device has its number, which the plain name lacks.
     device = torch.empty(0, device=device).device
     sizes = (case.height, case.width, case.dim // 2, case.kernel_size)
-    request = dispatch.Request(device, dtype, *sizes, case.scales)
-    return "triton" if dispatch.uses_triton(request, dispatch.forced()) else "torch"
-
-
-def default_device() -> torch.device:
-    """The accelerator that torch finds, or the CPU."""
-    for name in ("cuda", "xpu", "mps"):
-        module = getattr(torch, name, None)
-        if module is not None and module.is_available():
-            return torch.device(name)
-    return torch.device("cpu")
+    request = backend.Request(device, dtype, *sizes, case.scales)
+    return "triton" if backend.uses_triton(request, backend.forced()) else "torch"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,14 +178,6 @@ def main(argv: list[str] | None = None) -> int:
         print(verdict, flush=True)
     print("Some results are wrong: set DELTACONV_KERNELS=torch." if wrong else "No wrong results.")
     return 1 if wrong else 0
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
-    module = getattr(torch, device.type, None)
-    if device.type in ("cuda", "xpu"):
-        return module.get_device_name(device)
-    return device.type.upper()
 
 
 if __name__ == "__main__":

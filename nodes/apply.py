@@ -2,14 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..deltaconv.fit import check_fit, select_sites
-from ..deltaconv.report import ApplicationFacts, application_report
+from ..deltaconv.application_report import ApplicationFacts, application_report
+from ..deltaconv.weights.compatibility import check_fit, select_sites
 from ..kernels import GATES
-from .application import Application
-from .inert import inert_parts
-from .patch import attach, choose_ways, compute_dtype, is_patched, load_blocks
-from .sites import find_sites
-from .types import CATEGORY, DeltaConv
+from .host.application import Application
+from .host.inert import inert_parts
+from .host.patch import attach, choose_ways, compute_dtype, is_patched, load_blocks
+from .host.sites import find_sites
+from .sockets import CATEGORY, DeltaConv
 
 _OWN_GATE = "from the weights"
 _ALWAYS, _WHERE_FASTER = "always", "where faster"

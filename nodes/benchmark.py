@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .types import CATEGORY, DeltaConv
+from .sockets import CATEGORY, DeltaConv
 
 
 class DeltaConvBenchmark(io.ComfyNode):
@@ -62,7 +62,7 @@ class DeltaConvBenchmark(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sizes: str | None = None) -> bool | str:
-        from ..deltaconv.step_times import parse_sizes
+        from ..deltaconv.benchmark import parse_sizes
 
         try:
             parse_sizes(sizes or "")
@@ -81,9 +81,9 @@ class DeltaConvBenchmark(io.ComfyNode):
         seconds: float = 15.0,
     ) -> io.NodeOutput:
         # Imported here: plots and samplers are none of what starting ComfyUI should wait for.
-        from ..deltaconv.locality_figure import picture
-        from ..deltaconv.step_times import parse_sizes, plot, table
-        from .benchmark_run import benchmark
+        from ..deltaconv.benchmark import parse_sizes, plot, table
+        from ..deltaconv.pictures.figure import picture
+        from .host.benchmark import benchmark
 
         chosen = parse_sizes(sizes)
         heading, results = benchmark(model, deltaconv, chosen, batch, repeats, seconds)

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..deltaconv.compare import compare, side_by_side
-from .types import CATEGORY
+from ..deltaconv.pictures.metrics import compare, side_by_side
+from .sockets import CATEGORY
 
 
 class DeltaConvCompare(io.ComfyNode):

@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 
 from ..deltaconv import demo, read_weights
-from .demo_model import load_demo_model
-from .node_text import show_on_node
-from .types import CATEGORY, DeltaConv
+from .host.demo_model import load_demo_model
+from .host.node_text import show_on_node
+from .sockets import CATEGORY, DeltaConv
 
 
 class DeltaConvDemoModel(io.ComfyNode):

@@ -6,10 +6,10 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..deltaconv.compare import compare, side_by_side
 from ..deltaconv.families import FAMILIES
-from ..deltaconv.fit import check_fit
-from .types import CATEGORY, DeltaConv
+from ..deltaconv.pictures.metrics import compare, side_by_side
+from ..deltaconv.weights.compatibility import check_fit
+from .sockets import CATEGORY, DeltaConv
 
 
 class DeltaConvEvaluate(io.ComfyNode):
@@ -80,12 +80,12 @@ class DeltaConvEvaluate(io.ComfyNode):
         prompts: str = "",
     ) -> io.NodeOutput:
         # Imported here: distillation is large, and importing the pack stays quick.
-        from ..deltaconv.distil.evaluate import evaluate
-        from ..deltaconv.distil.plots import level_plot
-        from ..deltaconv.locality_figure import picture
-        from ..deltaconv.perceptual import perceptual_report
-        from .conditioning import conditions_of
-        from .teacher import ComfyTeacher
+        from ..deltaconv.distillation.evaluation import evaluate
+        from ..deltaconv.distillation.plots import level_plot
+        from ..deltaconv.pictures.figure import picture
+        from ..deltaconv.pictures.perceptual import perceptual_report
+        from .host.conditioning import conditions_of
+        from .host.teacher import ComfyTeacher
 
         numbers = _seeds(seeds)
         with torch.inference_mode(False), torch.no_grad():

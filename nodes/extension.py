@@ -6,9 +6,9 @@ from .apply import DeltaConvApply
 from .benchmark import DeltaConvBenchmark
 from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
-from .distil import DeltaConvDistill
+from .distill import DeltaConvDistill
 from .evaluate import DeltaConvEvaluate
-from .folders import register_folders
+from .host.folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
 from .locality import DeltaConvLocality, DeltaConvSaveLocality
 from .recipe import DeltaConvRecipe

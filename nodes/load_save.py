@@ -6,8 +6,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..deltaconv import read_weights, write_weights
-from .folders import FOLDER, PUBLISHED, find_file, offered_files, output_folder
-from .types import CATEGORY, DeltaConv
+from .host.folders import FOLDER, PUBLISHED, find_file, offered_files, output_folder
+from .sockets import CATEGORY, DeltaConv
 
 
 class DeltaConvLoad(io.ComfyNode):

@@ -6,9 +6,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..deltaconv.locality_plan import SENSITIVITIES, LocalityPlan, parse_percents, parse_points
-from .folders import output_folder
-from .types import CATEGORY, DeltaConv, Locality
+from ..deltaconv.locality.settings import SENSITIVITIES, LocalityPlan, parse_percents, parse_points
+from .host.folders import output_folder
+from .sockets import CATEGORY, DeltaConv, Locality
 
 
 class DeltaConvLocality(io.ComfyNode):
@@ -118,11 +118,11 @@ class DeltaConvLocality(io.ComfyNode):
         queries: int = 0,
     ) -> io.NodeOutput:
         # Imported here: plots and pages are none of what starting ComfyUI should wait for.
-        from ..deltaconv.locality_figure import picture
-        from ..deltaconv.locality_page import plot_model
-        from ..deltaconv.locality_plots import plot_every_step, plot_profiles
-        from ..deltaconv.locality_text import report_text
-        from .locality_view import view_message
+        from ..deltaconv.locality.model_plots import plot_model
+        from ..deltaconv.locality.site_plots import plot_every_step, plot_profiles
+        from ..deltaconv.locality.text import report_text
+        from ..deltaconv.pictures.figure import picture
+        from .host.locality_view import view_message
 
         plan = LocalityPlan(
             parse_percents(percents),
@@ -134,7 +134,7 @@ class DeltaConvLocality(io.ComfyNode):
             seed,
         )
         # Here, because it brings ComfyUI's samplers and scipy with them.
-        from .locality_run import measure_locality
+        from .host.locality import measure_locality
 
         samples = None if latent is None else latent["samples"]
         report = measure_locality(model, positive, samples, plan, deltaconv)
@@ -178,7 +178,7 @@ class DeltaConvSaveLocality(io.ComfyNode):
 
     @classmethod
     def execute(cls, report, filename_prefix: str) -> io.NodeOutput:
-        from ..deltaconv.locality_html import report_html
+        from ..deltaconv.locality.html_page import report_html
 
         base = output_folder()
         os.makedirs(base, exist_ok=True)

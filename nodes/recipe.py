@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..deltaconv.recipe import PRESETS, make_recipe, parse_recipe
-from .types import CATEGORY, Locality, Recipe
+from ..deltaconv.locality.recipe import PRESETS, make_recipe, parse_recipe
+from .sockets import CATEGORY, Locality, Recipe
 
 
 class DeltaConvRecipe(io.ComfyNode):
@@ -60,8 +60,8 @@ class DeltaConvRecipe(io.ComfyNode):
     def execute(
         cls, report, preset: str = "measured", computation: float = 0.5, text: str = ""
     ) -> io.NodeOutput:
-        from ..deltaconv.locality_figure import picture
-        from ..deltaconv.locality_page import plot_cost
+        from ..deltaconv.locality.model_plots import plot_cost
+        from ..deltaconv.pictures.figure import picture
 
         if text.strip():
             recipe = parse_recipe(text, report.sites)

@@ -5,7 +5,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
-from .types import CATEGORY
+from .sockets import CATEGORY
 
 
 class DeltaConvSelfTest(io.ComfyNode):
@@ -38,7 +38,8 @@ class DeltaConvSelfTest(io.ComfyNode):
     @classmethod
     def execute(cls, seconds: float = 30.0) -> io.NodeOutput:
         # Imported here: importing the pack stays quick.
-        from ..kernels.selftest import device_name, report, self_test
+        from ..kernels.device import device_name
+        from ..kernels.selftest import report, self_test
 
         device = comfy.model_management.get_torch_device()
         bar = comfy.utils.ProgressBar(1)

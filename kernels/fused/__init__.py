@@ -1,1 +1,1 @@
-"""The Triton kernels of the pack; imported only after the probe in `dispatch` said yes."""
+"""The Triton kernels of the pack; imported only after the probe in `backend` said yes."""

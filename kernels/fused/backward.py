@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..gated_pyramid import Biases
-from ..torch_forms import projection_backward
+from ..eager import projection_backward
+from ..reference import Biases
 from .forward import aligned, shape_of
 from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
 from .launch import Launch

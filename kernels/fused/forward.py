@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..gated_pyramid import Biases
+from ..reference import Biases
 from .plan import Shape, Tensors, plan_forward
 
 

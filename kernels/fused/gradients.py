@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .correlate import correlate, gated, locate, sigmoid
+from .depthwise import correlate, gated, locate, sigmoid
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "shifts"])

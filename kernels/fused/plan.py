@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..gated_pyramid import pooled_size
-from .correlate import gated_kernel
+from ..reference import pooled_size
+from .depthwise import gated_kernel
 from .launch import Launch
 from .pool import pool_kernel
 from .project import project_kernel

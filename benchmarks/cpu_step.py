@@ -1,0 +1,65 @@
+"""The demo student's blocks at 64 × 64 on the CPU: as they run now, and as they were first written.
+
+What `benchmarks.layers --cpu-step` runs: all ten blocks of one step behind each other, in turns
+in one process, so that a busy machine is as busy for both.
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+from ..deltaconv import DeltaConvBlock, demo, read_weights
+from ..deltaconv.families import resolution_level
+from ..deltaconv.flops import halved
+from ..kernels import gated_pyramid_definition
+from ..kernels.accuracy import distance
+from ..kernels.device import environment
+from ..kernels.timing import interleaved
+
+CPU = torch.device("cpu")
+NOW, FIRST = "as dispatched now", "as first written"
+
+
+def first_written(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, W, C] → [B, H, W, C] by the definition's operators, as in commit a3c14e5."""
+    u = block.conv_up(x)
+    kernels = [gate.conv_spatial.weight for gate in block.gates]
+    pyramid = gated_pyramid_definition(u, kernels, block.scales, block.gate)
+    return block.conv_out(pyramid) + block.conv_pool(x.mean(dim=(1, 2), keepdim=True))
+
+
+@torch.inference_mode()
+def main(options) -> int:
+    weights = read_weights(demo.DELTACONV_PATH)
+    levels = demo.unet_config()["num_res_blocks"]
+    generator, calls = torch.Generator().manual_seed(0), []
+    for site in weights.sites:
+        block = weights.block(site).float()
+        side = halved(demo.NATIVE_SIZE, resolution_level(site, levels))
+        x = torch.randn(options.batch, side, side, block.dim, generator=generator)
+        if distance(block(x), first_written(block, x).double()).worst > 1e-4:
+            sys.exit(f"Expected both formulations to agree at {site}; nothing was timed.")
+        calls.append((block, x))
+    ways = {
+        NOW: lambda: [block(x) for block, x in calls],
+        FIRST: lambda: [first_written(block, x) for block, x in calls],
+    }
+    report = {
+        "environment": environment(CPU) | {"cores": os.cpu_count(), "load": os.getloadavg()},
+        **{"batch": options.batch, "blocks": len(calls), "side": demo.NATIVE_SIZE},
+        "times": interleaved(ways, CPU, options.repeats),
+    }
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    about = report["environment"]
+    print(
+        f"{len(calls)} blocks of the demo student at 64 × 64, fp32, batch {options.batch}, "
+        f"{about['threads']} threads on {about['cores']} cores, torch {about['torch']}; load "
+        f"average over a minute {about['load'][0]:.1f}"
+    )
+    for name, timing in report["times"].items():
+        low, middle, high = (timing[key] * 1e3 for key in ("low", "median", "high"))
+        print(f"{name}: {middle:.1f} ms ({low:.1f} to {high:.1f}), {timing['samples']} repeats")
+    return 0

@@ -1,0 +1,146 @@
+"""`python -m comfyui_deltaconv.benchmarks.layers`: time attention, its replacements and ours.
+
+Writes JSON and prints a table in µs; `kernels.plot` draws the JSON. Nothing that computes
+something wrong at the shape that is timed gets a time. --comfyui and --flops measure and count
+whole models.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..kernels.device import default_device, environment
+from ..kernels.timing import copy_bandwidth, fp32_rate
+from . import cpu_step, models
+from .contenders import CONTENDERS
+from .shapes import MODELS, ROWS, SMALL, SWEEP, Row, floors
+from .trial import TOO_LONG, TRAINED, measure_forward, measure_training
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU without one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16, on a CPU fp32")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    sets = ("rows", "sweep", "models", "training", "small")
+    parser.add_argument("--only", choices=sets, action="append", help="default: all but small")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument(
+        "--comfyui",
+        metavar="PATH",
+        help="whole models through this ComfyUI: stock and ours need its comfy/ alone; ToMe, "
+        "HyperTile and EasyCache are its own nodes and need the whole tree (comfy_extras, "
+        "comfy_api, comfy_execution, folder_paths). Weights are random, so EasyCache skips other "
+        "steps than with a trained model: read how many it computed beside its time",
+    )
+    parser.add_argument("--flops", action="store_true", help="count operations instead of time")
+    parser.add_argument(
+        "--cpu-step",
+        action="store_true",
+        help="the demo student's ten blocks on the CPU, as they run now and as first written",
+    )
+    options = parser.parse_args(argv)
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"expected --json in a folder that exists, got {options.json}")
+    if options.flops or options.comfyui:
+        return models.main(options)
+    if options.cpu_step:
+        return cpu_step.main(options)
+    device = torch.device(options.device) if options.device else default_device()
+    on_cpu = device.type == "cpu"
+    chosen = options.only or (["small"] if on_cpu else [s for s in sets if s != "small"])
+    dtype = DTYPES[options.dtype or ("fp32" if on_cpu else "fp16")]
+    run(device, dtype, options.batch, options.repeats, chosen, options.json)
+    return 0
+
+
+def run(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    repeats: int,
+    chosen: Sequence[str],
+    path: Path | None = None,
+) -> dict:
+    """Everything that was chosen, as one JSON-ready report; prints and writes as it goes."""
+    start = time.monotonic()
+    bandwidth, rate = copy_bandwidth(device), fp32_rate(device)
+    about = environment(device) | {"copy_bytes_per_second": bandwidth, "fp32_per_second": rate}
+    about |= {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "repeats": repeats}
+    print("\n".join(f"{key}: {value}" for key, value in about.items() if value is not None))
+    report = {"environment": about, "results": []}
+
+    def record(kind: str, row: Row, result: dict, count: int = 1, group: str = "") -> None:
+        bound = floors(row, batch, dtype.itemsize, bandwidth, rate)
+        entry = {"kind": kind, "group": group, "count": count, **row._asdict(), "floors": bound}
+        report["results"].append(entry | result)
+        report["seconds"] = time.monotonic() - start
+        print_row(report["results"][-1])
+        if path:
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def each(kind: str, rows: Sequence[Row], names: Sequence[str], measure) -> None:
+        way = "eager, graph" if device.type == "cuda" else "eager"
+        print(f"\n{kind}: µs, median ({way})")
+        too_long: dict[str, str] = {}
+        for row in rows:
+            tried = [name for name in names if name not in too_long]
+            result = measure(row, batch, dtype, device, tried, repeats)
+            result["left_out"] |= too_long
+            # A sweep grows from row to row: what is too slow once would only get slower.
+            for name, reason in result["left_out"].items() if "sweep" in kind else ():
+                if reason.startswith((TOO_LONG.split("{")[0], "out of memory")):
+                    too_long[name] = f"not tried: at {row.name} {reason}"
+            record(kind, row, result)
+
+    for kind in chosen:
+        if kind in ("rows", "sweep", "small"):
+            rows = {"rows": ROWS, "sweep": SWEEP, "small": SMALL}[kind]
+            each(kind, rows, tuple(CONTENDERS), measure_forward)
+        if kind == "models":
+            print("\nmodels: µs, median")
+            for group, sites in MODELS.items():
+                for row, count in sites:
+                    names = ("attn1", "nchw", "ours")
+                    result = measure_forward(row, batch, dtype, device, names, repeats)
+                    record(kind, row, result, count, group)
+        if kind == "training":
+            each("training", ROWS, TRAINED, measure_training)
+            each("training sweep", SWEEP, TRAINED, measure_training)
+        if kind == "small":
+            each("training", SMALL, TRAINED, measure_training)
+    print(f"\n{report.get('seconds', 0):.0f} s in all")
+    return report
+
+
+def print_row(entry: dict) -> None:
+    """One line per contender set, one per contender that was left out."""
+    name = f"{entry['group']} {entry['name']}".strip()
+    cells = []
+    for contender, eager in entry["eager"].items():
+        cell = f"{contender} {eager['median'] * 1e6:.0f}"
+        if graph := entry.get("graph", {}).get(contender):
+            cell += f", {graph['median'] * 1e6:.0f}"
+        if contender in entry.get("saved", {}):
+            cell += f" ({entry['saved'][contender] / 2**20:.1f} MiB kept)"
+        cells.append(cell)
+    bound = max(value for value in entry["floors"].values() if value) * 1e6
+    shape = f"C={entry['dim']} k={entry['kernel_size']} H=W={entry['side']}"
+    print(f"{name}, {shape}, {entry['kind']}: {'; '.join(cells)}; floor {bound:.1f}", flush=True)
+    for contender, levels in entry.get("tiles", {}).items():
+        chosen = (f"{level['tile']} at {level['map'][1]}²" for level in levels)
+        print(f"    {contender}: tiles {', '.join(chosen)}", flush=True)
+    for contender, reason in entry["left_out"].items():
+        print(f"    {contender}: {reason}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Steps of one whole model, stock and with ΔConvBlocks, and with what core offers instead.
+
+Weights are random: the time of a step and its memory do not depend on them. How many steps
+EasyCache skips does, so that its row says how many were computed. Everything is warmed up before
+anything is timed, and then all take turns over one loaded model.
+"""
+
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..deltaconv import DeltaConvBlock
+from ..deltaconv.families import FAMILIES
+from ..deltaconv.memory import is_out_of_memory
+from ..deltaconv.weights.model import weights_of_blocks
+from ..kernels.timing import once, summary
+from ..nodes.host.application import Application
+from ..nodes.host.patch import attach, load_blocks
+from ..nodes.host.sites import find_sites, text_shape
+
+STOCK, OURS = "stock", "deltaconv"
+# Seconds of a step that is measured three times only, and of one that is measured once.
+LONG_STEP, LONGEST_STEP = 0.5, 5.0
+# The UNets; HyperTile tiles their maps halved up to that often. At full resolution, which is
+# core's default, SDXL has no attention.
+HYPERTILE_DEPTH = {"sd1": 0, "sdxl": 2}
+SAMPLED_STEPS, GUIDANCE = 20, 4.0
+# CLIP-G's, which SDXL reads beside the text.
+_POOLED = 1280
+
+Step = Callable[[], torch.Tensor]
+
+
+@torch.inference_mode()
+def measure(
+    family: str,
+    pixels: int,
+    patcher: ModelPatcher,
+    dtype: torch.dtype,
+    batch: int,
+    repeats: int,
+) -> dict:
+    """One size: seconds of a step, bytes at its peak, and seconds of sampling, by variant.
+
+    A variant whose output is that of stock has no effect here; it gets a sentence, no time.
+    """
+    device = torch.device(patcher.load_device)
+    step_of = _steps(family, pixels // 8, patcher, dtype, batch)
+    entry = {
+        "family": family,
+        "pixels": pixels,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    entry |= {"repeats": repeats, "steps": {}, "memory": {}, "left_out": {}}
+    comfy.model_management.load_models_gpu([patcher])
+    steps = {name: step_of(found) for name, found in instead(family, patcher).items()}
+    outputs = {}
+    for name in list(steps):
+        _warm_up(name, steps, outputs, entry, device)
+    if STOCK in outputs:
+        _leave_out_without_effect(steps, outputs, entry)
+    # Only now, so that no other variant's memory has the blocks in it.
+    patched = with_blocks(family, patcher, dtype)
+    comfy.model_management.load_models_gpu([patched, *patched.get_nested_additional_models()])
+    steps[OURS] = step_of(patched)
+    _warm_up(OURS, steps, outputs, entry, device)
+    entry |= {"steps": _in_turns(steps, patched, device, repeats)}
+    slow = entry["steps"].get(STOCK, {"median": float("inf")})["median"]
+    if family in HYPERTILE_DEPTH:
+        if slow < LONG_STEP:
+            entry["sampling"] = sampling(patcher, patched, pixels // 8, batch, repeats)
+        else:
+            entry["left_out"]["sampling"] = f"not tried: a stock step takes {slow:.1f} s"
+    patched.unpatch_model(device)
+    _print(entry)
+    return entry
+
+
+def _steps(family: str, side: int, patcher, dtype, batch: int) -> Callable[[ModelPatcher], Step]:
+    """What makes a variant's step, all on the same random input."""
+    device = patcher.load_device
+    shape = (batch, patcher.model.latent_format.latent_channels, side, side)
+    x = torch.randn(shape, dtype=dtype, device=device)
+    context = torch.randn(batch, *text_shape(patcher), dtype=dtype, device=device)
+    arguments = {"context": context}
+    if adm := patcher.model.adm_channels:
+        arguments["y"] = torch.randn(batch, adm, dtype=dtype, device=device)
+    times = torch.full((batch,), 500.0, device=device)
+
+    def step_of(variant: ModelPatcher) -> Step:
+        place = {}
+        if family != "pixart":
+            place["transformer_options"] = dict(variant.model_options["transformer_options"])
+        return lambda: variant.model.diffusion_model(x, times, **arguments, **place)
+
+    return step_of
+
+
+def instead(family: str, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
+    """Stock, and what core has for a single step; what does not load is left out."""
+    found = {STOCK: patcher}
+    if family not in HYPERTILE_DEPTH:
+        return found
+    depth = HYPERTILE_DEPTH[family]
+    try:
+        from comfy_extras.nodes_hypertile import HyperTile
+        from comfy_extras.nodes_tomesd import TomePatchModel
+
+        found["tome 0.3"] = _of_node(TomePatchModel.execute(patcher, 0.3))
+        tiled = HyperTile.execute(patcher, 256, 2, depth, False)
+        found[f"hypertile 256, depth {depth}"] = _of_node(tiled)
+    except (ImportError, AttributeError) as error:
+        print(f"    core's own nodes are left out: {error}")
+    return found
+
+
+def with_blocks(family: str, patcher: ModelPatcher, dtype: torch.dtype) -> ModelPatcher:
+    """A clone with random blocks of the published kernel sizes at every site."""
+    known, model_sites = FAMILIES[family], find_sites(patcher)
+    blocks = {
+        site: DeltaConvBlock(dim, known.published_kernel(site), gate=known.gate)
+        for site, dim in model_sites.dims.items()
+    }
+    loaded = load_blocks(weights_of_blocks(blocks), tuple(blocks), known.gate, dtype)
+    return attach(patcher, loaded, Application(model_sites, tuple(blocks)))
+
+
+def _warm_up(name: str, steps: dict, outputs: dict, entry: dict, device: torch.device) -> None:
+    """Two calls: what compiles does so in the first, the second gives output and peak memory."""
+    try:
+        steps[name]()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        outputs[name] = steps[name]()
+        if device.type == "cuda":
+            entry["memory"][name] = torch.cuda.max_memory_allocated(device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        entry["left_out"][name] = "out of memory"
+        del steps[name]
+
+
+def _leave_out_without_effect(steps: dict, outputs: dict, entry: dict) -> None:
+    """A variant that is as near to stock as stock is to itself does nothing at this size."""
+
+    def apart(output: torch.Tensor) -> float:
+        return (output.float() - outputs[STOCK].float()).abs().max().item()
+
+    if not outputs[STOCK].isfinite().all():
+        entry["left_out"]["check"] = "stock's output is not finite, so an effect cannot be told"
+        return
+    noise = apart(steps[STOCK]())
+    for name in [name for name in outputs if name != STOCK and apart(outputs[name]) <= noise]:
+        entry["left_out"][name] = "no effect: its output is that of stock"
+        del steps[name]
+
+
+def _in_turns(steps: dict, patched: ModelPatcher, device, repeats: int) -> dict:
+    """Name → median and quartiles in seconds; the first round is not counted."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for done in range(1 + repeats):
+        slowest = max((values[0] for values in samples.values() if values), default=0.0)
+        if done > (1 if slowest > LONGEST_STEP else 3 if slowest > LONG_STEP else repeats):
+            break
+        for name, step in steps.items():
+            # Outside the clock, so that stock runs its own forwards and nothing of ours.
+            if name == OURS:
+                patched.patch_model(load_weights=False)
+            else:
+                patched.unpatch_model(unpatch_weights=False)
+            samples[name].append(once(step, device))
+    return {name: summary(values[1:]) for name, values in samples.items()}
+
+
+class _Clocked(comfy.samplers.Sampler):
+    """A sampler inside a clock: ComfyUI has loaded the model and prepared everything by then."""
+
+    def __init__(self, sampler: comfy.samplers.Sampler, device: torch.device):
+        self.sampler, self.device, self.seconds = sampler, device, 0.0
+
+    def sample(self, *arguments, **options):
+        result = []
+
+        def run() -> None:
+            result.append(self.sampler.sample(*arguments, **options))
+
+        self.seconds = once(run, self.device)
+        return result[0]
+
+
+def sampling(stock, patched, side: int, batch: int, repeats: int) -> dict:
+    """SAMPLED_STEPS guided Euler steps, stock, with core's EasyCache as it is set, and ours.
+
+    `computed` counts the model's calls. With random weights it is not what a trained model skips.
+    """
+    device = torch.device(stock.load_device)
+    found = {STOCK: stock, OURS: patched}
+    try:
+        from comfy_extras.nodes_easycache import EasyCacheNode
+
+        inputs = [value for value in EasyCacheNode.define_schema().inputs if value.id != "model"]
+        defaults = {value.id: value.default for value in inputs}
+        found["easycache"] = _of_node(EasyCacheNode.execute(stock, **defaults))
+    except (ImportError, AttributeError) as error:
+        print(f"    EasyCache is left out: {error}")
+    tokens, channels = text_shape(stock)
+    prompts = [
+        [[torch.randn(1, tokens, channels), {"pooled_output": torch.randn(1, _POOLED)}]]
+        for _ in range(2)
+    ]
+    # Guidance runs both prompts in one batch.
+    shape = (max(1, batch // 2), stock.model.latent_format.latent_channels, side, side)
+    noise, calls = torch.randn(shape), []
+    sampler = _Clocked(comfy.samplers.sampler_object("euler"), device)
+    schedule = stock.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(schedule, "normal", SAMPLED_STEPS)
+    samples = {name: [] for name in found}
+    hook = stock.model.diffusion_model.time_embed.register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
+    computed = {}
+    try:
+        for _ in range(1 + min(repeats, 3)):
+            for name, variant in found.items():
+                guider = comfy.samplers.CFGGuider(variant)
+                guider.set_conds(*prompts)
+                guider.set_cfg(GUIDANCE)
+                calls.clear()
+                latent = torch.zeros(shape)
+                guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0)
+                samples[name].append(sampler.seconds)
+                computed[name] = len(calls)
+    finally:
+        hook.remove()
+    timed = {
+        name: summary(values[1:]) | {"computed": computed[name]} for name, values in samples.items()
+    }
+    return {"steps": SAMPLED_STEPS, "guidance": GUIDANCE, "sampler": "euler", "variants": timed}
+
+
+def _of_node(output):
+    """The MODEL that a node of core gave: a NodeOutput, or from some a bare tuple."""
+    return getattr(output, "result", output)[0]
+
+
+def _print(entry: dict) -> None:
+    times = ", ".join(f"{name} {t['median'] * 1e3:.1f}" for name, t in entry["steps"].items())
+    title = f"{entry['family']} at {entry['pixels']}², batch {entry['batch']}"
+    print(f"{title}, ms: {times}", flush=True)
+    if found := entry.get("sampling"):
+        for name, timing in found["variants"].items():
+            print(
+                f"    {found['steps']} steps sampled, {name}: {timing['median']:.3f} s, "
+                f"{timing['computed']} calls of the model",
+                flush=True,
+            )
+    for name, reason in entry["left_out"].items():
+        print(f"    {name}: {reason}", flush=True)

@@ -1,0 +1,220 @@
+"""The state directory of a distillation: whole files only, the last two of them, checked by name.
+
+One file holds `weights.*`, `ema.*`, `optimizer.*` and `rng` as tensors, and as JSON metadata the
+stage, step, data position, guard, settings, recipe and the fingerprint of the base; a digest of
+all of it tells a file that a disk or a hand has changed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..weights.file import write_atomically
+from .settings import DistillationError
+
+FORMAT = "2"
+_NAME = re.compile(r"state-(\d{8,})\.safetensors")
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors by name, and what goes beside them as plain data."""
+
+    tensors: Mapping[str, torch.Tensor]
+    progress: Mapping[str, object]
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors under `prefix.`, by the rest of their names."""
+        start = f"{prefix}."
+        return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+
+
+def state_files(folder: Path) -> list[Path]:
+    """The state files of a folder, newest first; [] where there is none."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_number, reverse=True)
+
+
+def saved_steps(folder: Path) -> int | None:
+    """How many steps the newest state of a folder has behind it; None where there is none."""
+    return next(map(_number, state_files(folder)), None)
+
+
+def saved_seed(folder: Path) -> int | None:
+    """The seed that the newest state of a folder was trained with; None where none says it."""
+    for path in state_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                seed = json.loads(file.metadata()["deltaconv.progress"])["settings"]["seed"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
+            continue
+        if isinstance(seed, int):
+            return seed
+    return None
+
+
+def _number(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def save_state(folder: Path, number: int, state: State, identity: Mapping[str, object]) -> Path:
+    """Write state `number` whole, then remove all but it and the one before; returns its path.
+
+    `identity` is what a resumed run must agree in: base and recipe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"state-{number:08d}.safetensors"
+    metadata = {
+        "deltaconv.state": FORMAT,
+        "deltaconv.identity": json.dumps(identity, sort_keys=True),
+        "deltaconv.progress": json.dumps(state.progress),
+    }
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
+    metadata["deltaconv.digest"] = _digest(tensors, metadata)
+    write_atomically(tensors, metadata, path, overwrite=True)
+    # What has a higher number was damaged, or this run would have begun there.
+    earlier = [old for old in state_files(folder) if _number(old) <= number]
+    for old in earlier[_KEPT:]:
+        old.unlink(missing_ok=True)
+    # What a killed run left half-written under its temporary name.
+    for part in folder.glob(".state-*.part"):
+        part.unlink(missing_ok=True)
+    return path
+
+
+def load_state(
+    folder: Path, identity: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+) -> State | None:
+    """The newest readable state of `folder`; None where it has none.
+
+    `shapes` names the student's tensors. Raises DistillationError where the state belongs to
+    another base or recipe, naming which, and where every file is damaged.
+    """
+    damaged = []
+    for path in state_files(folder):
+        try:
+            tensors, metadata = _read(path)
+            saved = json.loads(metadata["deltaconv.identity"])
+            progress = json.loads(metadata["deltaconv.progress"])
+            if not isinstance(saved, dict) or not isinstance(progress, dict):
+                raise ValueError("its record is no record")
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+            damaged.append(f"{path.name} ({error!s:.80})")
+            continue
+        _refuse_another(path, metadata, saved, identity)
+        state = State(tensors, progress)
+        if problem := _problem(state, shapes):
+            damaged.append(f"{path.name} ({problem})")
+            continue
+        return state
+    if damaged:
+        raise DistillationError(
+            f"Expected a readable state in {folder}, got {len(damaged)} damaged: "
+            f"{'; '.join(damaged)}. Delete them to begin anew, or choose another folder."
+        )
+    return None
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("deltaconv.state") != FORMAT:
+            raise ValueError(f"not a state of format {FORMAT}")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if metadata.pop("deltaconv.digest", "") != _digest(tensors, metadata):
+        raise ValueError("it was changed after it was saved")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _refuse_another(path, metadata, saved, identity) -> None:
+    expected = json.loads(json.dumps(identity))
+    for name, value in expected.items():
+        if saved.get(name) != value:
+            raise DistillationError(
+                f"Expected a state of this {name} in {path.parent}, got one of another: "
+                f"{_difference(saved.get(name), value)}. Choose another folder, or go on with the "
+                f"{name} that it was begun with."
+            )
+
+
+def _difference(saved: object, value: object) -> str:
+    if isinstance(saved, dict) and isinstance(value, dict):
+        names = [name for name in {**saved, **value} if saved.get(name) != value.get(name)]
+        name = names[0] if names else ""
+        return f"{name} was {saved.get(name)!r:.60} and is {value.get(name)!r:.60}"
+    return f"it was {saved!r:.60} and is {value!r:.60}"
+
+
+def _problem(state: State, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Why this state cannot be taken up, "" where it can."""
+    progress = state.progress
+    for name in ("step", "position", "number", "bad", "averaged", "parts"):
+        value = progress.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            return f"its {name} is {value!r:.20}"
+    if progress.get("stage") not in ("layers", "joint"):
+        return f"its stage is {progress.get('stage')!r:.20}"
+    rate = progress.get("rate")
+    if not isinstance(rate, float) or not 0 < rate <= 1:
+        return f"its rate is {rate!r:.20}"
+    if not isinstance(progress.get("scaler"), dict):
+        return "its loss scale is missing"
+    for group in ("weights", "ema"):
+        tensors = state.group(group)
+        if {name: tuple(t.shape) for name, t in tensors.items()} != dict(shapes):
+            return f"its {group} are not those of these blocks"
+        if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
+            return f"its {group} are not finite float32"
+    rng = state.tensors.get("rng")
+    if rng is None or rng.dtype != torch.uint8 or rng.shape != torch.Generator().get_state().shape:
+        return "its random state is missing"
+    history = state.tensors.get("history")
+    expected = (progress["number"],)
+    if history is None or history.dtype != torch.float64 or tuple(history.shape) != expected:
+        return "its losses are missing"
+    return _moments_problem(state.group("optimiser"), shapes)
+
+
+def eight_bit(moments: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an optimiser's tensors are those of bitsandbytes."""
+    return any(key.endswith(".state1") for key in moments)
+
+
+def _moments_problem(
+    moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    for key, tensor in moments.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"its optimizer is not finite in {key}"
+    if not moments:
+        return ""
+    if eight_bit(moments):
+        wanted = {f"{name}.state{n}": shape for name, shape in shapes.items() for n in (1, 2)}
+        found = {key: tuple(moments[key].shape) for key in wanted if key in moments}
+        steps = {f"{name}.step" for name in shapes}
+        whole = found == wanted and steps <= moments.keys()
+        return "" if whole else "its optimizer is not an eight-bit AdamW's"
+    expected = {}
+    for name, shape in shapes.items():
+        expected |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
+    found = {key: tuple(t.shape) for key, t in moments.items() if t.dtype == torch.float32}
+    return (
+        "" if found == expected and len(found) == len(moments) else "its optimizer is not AdamW's"
+    )

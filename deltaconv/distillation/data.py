@@ -1,0 +1,142 @@
+"""Training data: latents with conditions, drawn in an order that a position and a seed fix."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .settings import DistillationError
+from .teacher import Condition, Teacher
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x [B, C, H, W] at sigma [B]; ε is the noise in it. All on the teacher's device."""
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    noise: torch.Tensor
+    conditions: list[Condition]
+
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """The images in at most `count` parts, equally large but for the last."""
+        size = -(-len(self) // count)
+        for at in range(0, len(self), size):
+            rows = slice(at, at + size)
+            yield Batch(self.x[rows], self.sigma[rows], self.noise[rows], self.conditions[rows])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Points of one image's sampling: x [T, C, H, W] at sigma [T]."""
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+
+
+@dataclass
+class Dataset:
+    """latents [C, H, W] each, sizes may differ, with one condition each; position by draw.
+
+    `trajectories`, where given, holds each image's sampling points, drawn beside noised latents.
+    """
+
+    latents: Sequence[torch.Tensor]
+    conditions: Sequence[Condition]
+    unconditional: Condition
+    trajectories: Sequence[Trajectory] | None = None
+    _orders: dict[tuple, list[list[int]]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if not self.latents:
+            raise DistillationError("Expected at least one latent to train on, got none.")
+        if len(self.conditions) == 1:
+            self.conditions = [self.conditions[0]] * len(self.latents)
+        if len(self.conditions) != len(self.latents):
+            raise DistillationError(
+                f"Expected one condition for all or one per latent, got {len(self.conditions)} for "
+                f"{len(self.latents)} latents."
+            )
+        for index, latent in enumerate(self.latents):
+            if latent.ndim != 3 or not latent.isfinite().all():
+                raise DistillationError(
+                    f"Expected finite latents [C, H, W], got {list(latent.shape)}"
+                    f"{' with NaN or infinite values' if latent.ndim == 3 else ''} at {index}."
+                )
+
+    def indices(self, seed: int, batch: int, position: int) -> list[int]:
+        """The images of draw number `position`: every image once per epoch, one size per batch."""
+        epoch_length = len(self._epoch(seed, batch, 0))
+        epoch, offset = divmod(position, epoch_length)
+        return self._epoch(seed, batch, epoch)[offset]
+
+    def _epoch(self, seed: int, batch: int, epoch: int) -> list[list[int]]:
+        key = (seed, batch, epoch)
+        if key not in self._orders:
+            while len(self._orders) > 3:
+                del self._orders[next(iter(self._orders))]
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+            by_size = defaultdict(list)
+            for index in torch.randperm(len(self.latents), generator=generator).tolist():
+                by_size[tuple(self.latents[index].shape)].append(index)
+            batches = []
+            for members in by_size.values():
+                # The last batch is filled up from the first images: a batch is always full.
+                missing = -len(members) % batch
+                members += (members * (missing // len(members) + 1))[:missing]
+                batches += [members[at : at + batch] for at in range(0, len(members), batch)]
+            order = torch.randperm(len(batches), generator=generator).tolist()
+            self._orders[key] = [batches[at] for at in order]
+        return self._orders[key]
+
+
+def draw(
+    dataset: Dataset,
+    teacher: Teacher,
+    generator: torch.Generator,
+    *,
+    seed: int,
+    batch: int,
+    position: int,
+    unconditional: float,
+    trajectory_share: float = 0.0,
+) -> Batch:
+    """One batch: sigmas uniform over the steps and stratified, conditions dropped at times.
+
+    Each image has a step of its own share of the steps, so that no batch misses a range of sigmas.
+    All random numbers come from `generator` on the CPU, so that devices agree.
+    """
+    indices = dataset.indices(seed, batch, position)
+    latents = torch.stack([dataset.latents[index] for index in indices]).float()
+    noise = torch.randn(latents.shape, generator=generator)
+    within = torch.rand(batch, generator=generator, dtype=torch.float64)
+    # Shuffled, so that parts of a batch are alike.
+    strata = torch.randperm(batch, generator=generator)
+    steps = ((strata + within) / batch).clamp(5e-4, 1 - 5e-4)
+    dropped = (torch.rand(batch, generator=generator) < unconditional).tolist()
+    on_path = torch.rand(batch, generator=generator) < trajectory_share
+    picks = torch.rand(batch, generator=generator)
+
+    device = teacher.device
+    sigma = teacher.sigmas(steps).float().to(device)
+    latents, noise = latents.to(device), noise.to(device)
+    x = teacher.noised(latents, noise, sigma)
+    # What ε̂ = (x − x̂₀) / sigma should be, for a flow model as for an ε-model.
+    noise = (x - latents) / sigma[:, None, None, None]
+    if dataset.trajectories is not None and on_path.any():
+        x, sigma, noise = x.clone(), sigma.clone(), noise.clone()
+        for row in on_path.nonzero().flatten().tolist():
+            path = dataset.trajectories[indices[row]]
+            point = min(int(picks[row] * len(path.sigma)), len(path.sigma) - 1)
+            x[row] = path.x[point].to(x)
+            sigma[row] = path.sigma[point].to(sigma)
+            noise[row] = (x[row] - latents[row]) / sigma[row]
+    conditions = [
+        dataset.unconditional if drop else dataset.conditions[index]
+        for index, drop in zip(indices, dropped, strict=True)
+    ]
+    return Batch(x, sigma, noise, conditions)

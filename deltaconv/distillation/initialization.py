@@ -1,0 +1,261 @@
+"""Informed initialisation: a block that approximates its layer before the first training step.
+
+The gate is opened as a constant. Of every channel pair (a, b) that the gate multiplies, b gets zero
+input weights, a bias β and a depthwise kernel that is κ in its centre and 0 elsewhere, so b is βκ
+everywhere, at the edges too, and β·κ·√(h/2) = 1 leaves a·1 ("sigmoid": b = 0, a·½). The block is
+then linear in x, and what remains is regression on the teacher's own activations:
+
+1. y − mean y on (x − mean x), which the mean cannot touch, and on the site's value projection
+   carried by each head's mean attention over offsets. The C/4 directions of largest energy, whether
+   pointwise or a head's, become the a channels, with an identity or that head's offsets as kernel.
+2. `conv_out`, `conv_pool` and their biases by ridge regression on what the block really computes
+   from these channels, padding, pooling and upsampling included. Deep maps have fewer pixels than
+   the block has channels, and the pooled branch sees one row per image: the strengths of the ridge
+   on both, and how much of the solution is taken, are judged on the other half of the draws. A
+   layer that these do not foretell leaves `conv_out` and `conv_pool` zero.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels import gated_pyramid
+from ..block import DeltaConvBlock
+from .least_squares import Sums, fit, leading_directions, without
+from .offsets import OffsetMeans, Projections
+from .settings import DistillationError
+
+# visit(site, x [B, H, W, C], attend) → y [B, H, W, C]; `attend()` runs the layer itself.
+Visit = Callable[[str, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
+
+
+class Replay(Protocol):
+    """Runs the teacher: equal turns show equal images, other turns others."""
+
+    def __call__(self, visit: Visit, turn: int, first_batch_only: bool = False) -> None: ...
+
+
+# Turns: what is held out at the end must have had no part in choosing the channels.
+_CHANNELS, _OUTPUTS = 0, 1
+_QUERIES = 48
+
+
+@torch.no_grad()
+def initialize(
+    blocks: Mapping[str, DeltaConvBlock],
+    replay: Replay,
+    projections: Callable[[str], Projections | None],
+    generator: torch.Generator,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, float]:
+    """Set every block (site → block, on the CPU) from the teacher; site → held-out relative error.
+
+    `projections(site)` gives the layer's query, key and value maps, or None where its attention is
+    not over the map itself. `progress` hears the share done, site by site where the work is linear
+    algebra. Held out is the other half of the images drawn, each with noise of its own; one image
+    may be in both halves. The error is at most 1, that of a block that gives zero. Raises
+    DistillationError, before any block is changed, where the activations are not finite.
+    """
+    maps = {site: projections(site) for site in blocks}
+    offsets = _mean_offsets(maps, replay, generator)
+    progress(0.05)
+    sums = _direction_sums(blocks, maps, offsets, replay)
+    for site, found in sums.items():
+        if not (found.features.isfinite().all() and math.isfinite(found.power)):
+            raise DistillationError(
+                f"Expected finite activations of the base, got NaN or infinite ones at {site}. "
+                "Load the base to compute in bfloat16 or float32."
+            )
+    for index, (site, block) in enumerate(blocks.items()):
+        progress(0.35 + 0.15 * index / len(blocks))
+        _set_channels(block, sums.pop(site), maps[site], offsets.get(site))
+    return _solve(blocks, replay, lambda share: progress(0.5 + share / 2), from_zero=True)
+
+
+@torch.no_grad()
+def refit(
+    blocks: Mapping[str, DeltaConvBlock],
+    replay: Replay,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, float]:
+    """Move `conv_out` and `conv_pool` of every block to the least-squares solution for its layer.
+
+    They go as far as lowers the error on held-out images, which is returned by site over the power
+    of the layer's output. Everything else of the block stays; blocks in training may use it at any
+    time.
+    """
+    return _solve(blocks, replay, progress, from_zero=False)
+
+
+def _solve(blocks, replay, progress, from_zero: bool) -> dict[str, float]:
+    halves = {}
+    for site, block in blocks.items():
+        width = block.conv_out.in_features + block.dim + 1
+        halves[site] = (Sums.empty(width, block.dim), Sums.empty(width, block.dim))
+    seen = dict.fromkeys(blocks, 0)
+
+    def visit(site, x, attend):
+        y = attend()
+        if site in blocks:
+            # Every other image, also where they come one by one.
+            for parity in range(2):
+                rows = slice((parity - seen[site]) % 2, None, 2)
+                if len(x[rows]):
+                    features = _output_features(blocks[site], x[rows].float())
+                    halves[site][parity].add(features.flatten(0, 2), y[rows].flatten(0, 2))
+            seen[site] += len(x)
+        return y
+
+    replay(visit, _OUTPUTS)
+    errors = {}
+    for index, (site, block) in enumerate(blocks.items()):
+        progress(0.5 + 0.5 * index / len(blocks))
+        errors[site] = _set_outputs(block, halves.pop(site), from_zero)
+    progress(1.0)
+    return errors
+
+
+def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, W, C] → [B, H, W, S·h/2 + C + 1]: what conv_out and conv_pool are linear in."""
+    u = F.linear(x, block.conv_up.weight.to(x), block.conv_up.bias.to(x))
+    kernels, biases = block.depthwise_like(u)
+    pyramid = gated_pyramid(u, kernels, block.scales, block.gate, biases)
+    mean = x.mean((1, 2), keepdim=True).expand_as(x)
+    return torch.cat([pyramid, mean, torch.ones_like(x[..., :1])], dim=-1)
+
+
+def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums], from_zero: bool) -> float:
+    inner = block.conv_out.in_features
+    # A strength for the pyramid, one for the mean, none for the constant.
+    groups = torch.tensor([1] * inner + [2] * block.dim + [0])
+    start = None
+    if not from_zero:
+        bias = block.conv_out.bias + block.conv_pool.bias
+        now = (block.conv_out.weight.T, block.conv_pool.weight.T, bias[None])
+        start = torch.cat([part.double() for part in now])
+    weight, error = fit(halves, groups, start)
+    block.conv_out.weight.copy_(weight[:inner].T)
+    block.conv_pool.weight.copy_(weight[inner:-1].T)
+    block.conv_out.bias.copy_(weight[-1])
+    block.conv_pool.bias.zero_()
+    return error
+
+
+def _mean_offsets(maps, replay, generator) -> dict[str, OffsetMeans]:
+    offsets: dict[str, OffsetMeans] = {}
+
+    def visit(site, x, attend):
+        if maps.get(site) is not None:
+            height, width = x.shape[1:3]
+            heads = maps[site].heads
+            means = offsets.setdefault(site, OffsetMeans(heads, height, width))
+            for image in x:
+                if (height, width) == means.size:
+                    count = min(_QUERIES, height * width)
+                    queries = torch.randperm(height * width, generator=generator)[:count]
+                    means.add(image, maps[site], queries)
+        return attend()
+
+    replay(visit, _CHANNELS, first_batch_only=True)
+    return offsets
+
+
+def _direction_sums(blocks, maps, offsets, replay) -> dict[str, Sums]:
+    """Per site, sums of the centred x beside the centred, attention-carried values."""
+    sums, kernels = {}, {}
+    for site, block in blocks.items():
+        heads = maps[site]
+        width = block.dim + (len(heads.value) if heads else 0)
+        sums[site] = Sums.empty(width, block.dim)
+        if heads:
+            kernels[site] = offsets[site].kernels(block.kernel_size, block.scales[0])
+
+    def centred(rows):
+        return (rows - rows.mean((1, 2), keepdim=True)).flatten(0, 2)
+
+    def visit(site, x, attend):
+        y = attend()
+        if site in blocks:
+            x = x.float()
+            features = [centred(x)]
+            if site in kernels:
+                carried = _carry(x @ maps[site].value.to(x).T, kernels[site].to(x))
+                features.append(centred(carried))
+            sums[site].add(torch.cat(features, dim=-1), centred(y.float()))
+        return y
+
+    replay(visit, _CHANNELS)
+    return sums
+
+
+def _carry(values: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """values [B, H, W, E], kernels [heads, k, k] → each head's values under its own kernel."""
+    per_channel = kernels.repeat_interleave(values.shape[-1] // len(kernels), dim=0)
+    carried = F.conv2d(
+        values.movedim(-1, 1),
+        per_channel[:, None],
+        padding=kernels.shape[-1] // 2,
+        groups=values.shape[-1],
+    )
+    return carried.movedim(1, -1)
+
+
+def _set_channels(
+    block: DeltaConvBlock, sums: Sums, heads: Projections | None, offsets: OffsetMeans | None
+) -> None:
+    """Choose the a channels by energy, give them their kernels, and open the gate."""
+    dim, half, size = block.dim, block.dim // 4, block.kernel_size
+    pointwise = Sums(sums.features[:dim, :dim], sums.cross[:dim], sums.power, sums.count)
+    directions, energies = leading_directions(pointwise, half)
+    candidates = [
+        (energy, row, None) for energy, row in zip(energies.tolist(), directions, strict=True)
+    ]
+    if heads:
+        candidates += _head_candidates(sums, dim, heads, half)
+    chosen = sorted(candidates, key=lambda candidate: -candidate[0])[:half]
+
+    identity = torch.zeros(size, size)
+    identity[size // 2, size // 2] = 1
+    block.conv_up.weight.zero_()
+    block.conv_up.bias.zero_()
+    for channel, (_, row, _) in enumerate(chosen):
+        block.conv_up.weight[channel] = row.float()
+    opening = 1.0
+    if block.gate == "scaled":
+        opening = half**-0.25
+        block.conv_up.bias[half:] = opening
+    for gate, scale in zip(block.gates, block.scales, strict=True):
+        kernel = gate.conv_spatial.weight
+        if gate.conv_spatial.bias is not None:
+            gate.conv_spatial.bias.zero_()
+        kernel[..., half:] = opening * identity[..., None]
+        per_head = offsets.kernels(size, scale) if offsets else None
+        for channel, (_, _, head) in enumerate(chosen):
+            if head is not None:
+                kernel[..., channel] = per_head[head]
+            elif scale == 1 or per_head is None:
+                kernel[..., channel] = identity
+            else:
+                # On the smaller maps an identity would only blur what the full map has already.
+                kernel[..., channel] = per_head.mean(0)
+
+
+def _head_candidates(sums: Sums, dim: int, heads: Projections, rank: int) -> list[tuple]:
+    """(energy, input direction [C], head) of what each head adds to the pointwise part."""
+    rest = without(sums, dim)
+    size = len(heads.value) // heads.heads
+    found = []
+    for head in range(heads.heads):
+        rows = slice(head * size, (head + 1) * size)
+        part = Sums(rest.features[rows, rows], rest.cross[rows], rest.power, rest.count)
+        directions, energies = leading_directions(part, min(rank, size))
+        value = heads.value[rows].double().cpu()
+        for energy, row in zip(energies.tolist(), directions, strict=True):
+            direction = row @ value
+            # Unit power of the input, as for the pointwise channels.
+            power = direction @ sums.features[:dim, :dim] @ direction / max(sums.count, 1)
+            found.append((energy, direction * power.clamp_min(1e-12).rsqrt(), head))
+    return found

@@ -1,0 +1,120 @@
+"""The losses of the two training stages, computed and propagated part by part of a batch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .data import Batch
+from .settings import DistillationSettings
+from .student import Student
+from .teacher import Teacher
+
+Backward = Callable[[torch.Tensor], None]
+Losses = dict[str, torch.Tensor]
+
+_TINY = 1e-12
+
+
+class LayerLosses:
+    """Every block regresses its own layer: site → squared error over the layer's output power.
+
+    No gradient passes through the base; each block's graph is freed before the next site runs.
+    A site's error reaches its own block alone, so the parts of a batch of `images` are divided by
+    the first part's power, and `finish` puts the whole batch's in its place.
+    """
+
+    def __init__(self, student: Student, images: int, backward: Backward):
+        self.student, self.images, self.backward = student, images, backward
+        self.errors: Losses = {}
+        self.powers: Losses = {}
+        self.units: Losses = {}
+
+    def add(self, teacher: Teacher, part: Batch) -> None:
+        """Gradients of one part, in one teacher pass; a host may show a site in several turns."""
+
+        def visit(site, x, attend):
+            y = attend()
+            if site in self.student.blocks:
+                self._regress(site, x, y.detach().float())
+            return y
+
+        with torch.no_grad():
+            teacher.predict(part.x, part.sigma, part.conditions, visit)
+
+    def finish(self) -> Losses:
+        """The gradients and losses of the whole batch."""
+        for site, unit in self.units.items():
+            if self.powers[site] is not unit:
+                factor = unit / self.powers[site].clamp_min(_TINY)
+                for parameter in self.student.blocks[site].parameters():
+                    parameter.grad.mul_(factor)
+        return {site: e / self.powers[site].clamp_min(_TINY) for site, e in self.errors.items()}
+
+    def _regress(self, site: str, x: torch.Tensor, target: torch.Tensor) -> None:
+        share = len(x) / self.images
+        power = target.square().mean() * share
+        unit = self.units.setdefault(site, power)
+        with torch.enable_grad():
+            # A clone where the host computes in inference mode: those tensors cannot be saved.
+            source = x.clone() if x.is_inference() else x.detach()
+            error = F.mse_loss(self.student.run(site, source).float(), target) * share
+            self.backward(error / unit.clamp_min(_TINY))
+        known = site in self.errors
+        self.errors[site] = self.errors[site] + error.detach() if known else error.detach()
+        self.powers[site] = self.powers[site] + power if known else power
+
+
+def joint_losses(
+    teacher: Teacher,
+    student: Student,
+    batch: Batch,
+    share: float,
+    backward: Backward,
+    settings: DistillationSettings,
+) -> Losses:
+    """The student on its own features against the teacher: weighted loss by name.
+
+    noise MSE(ε̂_student, ε), teacher MSE(ε̂_student, ε̂_teacher), features Σ MSE(h_student, h_teacher)
+    over the hidden states after each site's residual add, normalised_features the mean of these
+    over the power of h_teacher in this part of the batch. `share` is the part's weight in the step.
+    Source of the first three: arXiv 2504.21292.
+    """
+    weights = {name: weight for name, weight in settings.losses.items() if weight}
+    by_feature = bool(weights.keys() & {"features", "normalised_features"})
+    goal: dict | None = {} if by_feature else None
+    own: dict | None = {} if by_feature else None
+    inputs = (batch.x, batch.sigma, batch.conditions)
+    with torch.no_grad():
+        expected = teacher.predict(*inputs, None, goal)
+    with torch.enable_grad():
+        got = teacher.predict(*inputs, student.visit, own)
+        losses = {}
+        per_image = _min_snr(batch.sigma, settings.min_snr)
+        for name, target in (("noise", batch.noise), ("teacher", expected)):
+            if name in weights:
+                errors = (got - target).square().flatten(1).mean(1)
+                losses[name] = weights[name] * (errors * per_image).mean()
+        if by_feature:
+            # The blocks' sites alone: a plain site's state differs only by what came before.
+            sites = [site for site in goal if site in student.blocks]
+            errors = {site: F.mse_loss(own[site].float(), goal[site].float()) for site in sites}
+            if "features" in weights:
+                losses["features"] = weights["features"] * sum(errors.values())
+            if "normalised_features" in weights:
+                relative = [
+                    error / goal[site].float().square().mean().clamp_min(_TINY)
+                    for site, error in errors.items()
+                ]
+                losses["normalised_features"] = (
+                    weights["normalised_features"] * sum(relative) / len(relative)
+                )
+        backward(sum(losses.values()) * share)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _min_snr(sigma: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Min-SNR weights for an ε loss: min(SNR, γ) / SNR, SNR = 1/σ². Source: arXiv 2303.09556."""
+    if not gamma:
+        return torch.ones_like(sigma)
+    return (gamma * sigma.square()).clamp_max(1.0)

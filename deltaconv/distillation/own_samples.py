@@ -1,0 +1,165 @@
+"""Training data from nothing but prompts: the teacher's own samples, and the path to them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..weights.file import write_atomically
+from .data import Dataset, Trajectory
+from .settings import DistillationError
+from .teacher import Condition, Teacher, sample
+
+# At most of a file of samples, in bytes: three tensors' names, shapes and places.
+_HEADER = 512
+
+
+def own_samples(
+    teacher: Teacher,
+    conditions: Sequence[Condition],
+    names: Sequence[str],
+    unconditional: Condition,
+    shape: tuple[int, int, int],
+    *,
+    count: int,
+    steps: int = 20,
+    cfg: float = 4.0,
+    seed: int = 0,
+    former_seed: int | None = None,
+    batch: int = 4,
+    cache: Path | None = None,
+    max_bytes: int = 2**30,
+    unconditional_name: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    reused: Callable[[int], None] = lambda count: None,
+) -> Dataset:
+    """`count` samples [C, H, W] of the teacher, cycling through `conditions`, as a data set.
+
+    `names` and `unconditional_name` say what the conditions are, for the cache's key. Points of
+    every trajectory are kept in float16, as many as fit `max_bytes` with the finished samples;
+    `cache`, where given, keeps them on disk and loses the oldest samples of other settings where
+    it would grow beyond that. Where it holds none of `seed` and some of `former_seed`, these are
+    taken and completed. In memory the finished samples are float32, beside these points.
+    `progress` hears (done, total) in steps of sampling, and `reused` at the end how many samples
+    came from the cache. Raises DistillationError where not even one point per sample fits.
+    """
+    if not conditions or len(names) != len(conditions):
+        raise DistillationError(f"Expected prompts to draw samples from, got {len(conditions)}.")
+    size = 2 * shape[0] * shape[1] * shape[2]
+    # Of a point its sigma, too, and of a file its header.
+    room = max_bytes - _HEADER * -(-count // batch)
+    kept = min(steps, (room // max(1, count) - size) // (size + 4))
+    if kept < 1:
+        needed = count * (2 * size + 4) + _HEADER * -(-count // batch)
+        raise DistillationError(
+            f"Expected room for {count} samples, {needed} bytes, got a limit of {max_bytes}. Allow "
+            "more, or draw fewer."
+        )
+    which = [round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)]
+    named = [*names, unconditional_name]
+
+    def key_of(seed: int) -> str:
+        return _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept, batch)
+
+    if former_seed is not None and cache and not _held(cache, key_of(seed)):
+        seed = former_seed if _held(cache, key_of(former_seed)) else seed
+    key = key_of(seed)
+    latents, paths, found = [], [], 0
+    total = steps * -(-count // batch)
+    for number, start in enumerate(range(0, count, batch)):
+        before = number * steps
+        rows = range(start, min(start + batch, count))
+        file = cache / f"samples-{key}-{start:06d}.safetensors" if cache else None
+        tensors = _cached(file, len(rows), kept, shape)
+        if tensors is None:
+            tensors = _draw(
+                teacher,
+                conditions,
+                unconditional,
+                shape,
+                rows,
+                steps,
+                cfg,
+                seed,
+                which,
+                lambda step, before=before: progress(before + step, total),
+            )
+            if file is not None:
+                cache.mkdir(parents=True, exist_ok=True)
+                _make_room(cache, key, max_bytes - sum(t.nbytes for t in tensors.values()))
+                write_atomically(tensors, {}, file, overwrite=True)
+        else:
+            found += len(rows)
+            progress(before + steps, total)
+        latents += list(tensors["latents"].float())
+        paths += [Trajectory(x, s) for x, s in zip(tensors["x"], tensors["sigma"], strict=True)]
+    reused(found)
+    chosen = [conditions[index % len(conditions)] for index in range(count)]
+    return Dataset(latents, chosen, unconditional, paths)
+
+
+def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which, progress):
+    # One generator per image: what a sample is does not depend on the batch it was drawn in.
+    noise = torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed((seed + row) % 2**63))
+            for row in rows
+        ]
+    )
+    points: list[tuple[torch.Tensor, torch.Tensor]] = []
+    chosen = [conditions[row % len(conditions)] for row in rows]
+    result = sample(
+        teacher,
+        chosen,
+        unconditional,
+        noise,
+        steps=steps,
+        cfg=cfg,
+        points=points,
+        progress=progress,
+    )
+    x = torch.stack([points[at][0] for at in which], dim=1)
+    sigma = torch.stack([points[at][1] for at in which], dim=1)
+    tensors = {"latents": result.half(), "x": x.half(), "sigma": sigma.float()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _cached(file: Path | None, rows: int, kept: int, shape: tuple[int, int, int]):
+    """The file's tensors; None where it is missing, damaged or another's."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError):
+        return None
+    expected = {"latents": (rows, *shape), "x": (rows, kept, *shape), "sigma": (rows, kept)}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        return None
+    return tensors if all(tensor.isfinite().all() for tensor in tensors.values()) else None
+
+
+def _held(cache: Path, key: str) -> bool:
+    return next(cache.glob(f"samples-{key}-*.safetensors"), None) is not None
+
+
+def _key(*what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def _make_room(cache: Path, key: str, max_bytes: int) -> None:
+    """Remove other settings' samples, oldest first, until what is there fits `max_bytes`."""
+    # What a killed run left half-written under its temporary name.
+    for part in cache.glob(".samples-*.part"):
+        part.unlink(missing_ok=True)
+    files = sorted(cache.glob("samples-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    total = sum(path.stat().st_size for path in files) + _HEADER
+    for path in files:
+        if total <= max_bytes:
+            return
+        if not path.name.startswith(f"samples-{key}-"):
+            total -= path.stat().st_size
+            path.unlink(missing_ok=True)

@@ -1,0 +1,73 @@
+"""What a distillation says of each step, and what it hands over at the end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+
+import torch
+
+from ..weights.model import DeltaConvWeights, weights_of_blocks
+from .settings import DistillationSettings
+from .student import Student
+from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step as a host shows it. `losses` are per site in init and layers, by name in joint.
+
+    `memory` is bytes at the peak on the device, of the process now on a CPU, None where unknown;
+    `message` is what a guard did or a stage came to, "" most of the time.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    losses: Mapping[str, float]
+    lr: float
+    images_per_second: float
+    memory: int | None
+    seconds: float
+    student: Student = field(repr=False)
+    # Losses of all training steps so far, those before a resume included; it grows as they go on.
+    history: Sequence[float] = field(repr=False)
+    message: str = ""
+    saved: str = ""
+
+    def to_mapping(self) -> dict[str, object]:
+        """Plain data, one line of a log; numbers that are not finite are None, as JSON has none."""
+        return {
+            k: _plain(v)
+            for k, v in vars(self).items()
+            if k not in ("student", "history") and v not in ("", None)
+        }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def weights_of(
+    student: Student, teacher: Teacher, settings: DistillationSettings, **training: object
+) -> DeltaConvWeights:
+    """The student's averaged weights with the record of how they were made."""
+    return weights_of_blocks(
+        student.averaged_blocks(),
+        family=teacher.family,
+        base_model=teacher.base_model,
+        training={"settings": settings.to_mapping(), **training},
+    )
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes at the peak on the device, of the process now on a CPU; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.Process().memory_info().rss

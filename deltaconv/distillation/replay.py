@@ -1,0 +1,41 @@
+"""The teacher run over the same images again and again, for what is solved and not trained."""
+
+from collections.abc import Callable
+
+import torch
+
+from .data import Dataset, draw
+from .initialization import Replay
+from .settings import DistillationSettings
+from .teacher import Teacher
+
+
+def replay_of(
+    teacher: Teacher, dataset: Dataset, settings: DistillationSettings, parts: Callable[[], int]
+) -> Replay:
+    """Runs the teacher over `init_images`, apart from the training's own order of images.
+
+    Every batch is computed in `parts()` parts, as the layers stage computes it. Each turn has noise
+    of its own, and goes on among the images where the one before it ended.
+    """
+    batch, seed = settings.layers.batch, settings.seed ^ 0x5EED
+
+    def replay(visit: Callable, turn: int, first_batch_only: bool = False) -> None:
+        generator = torch.Generator().manual_seed(seed + turn)
+        count = -(-settings.init_images // batch)
+        first = turn * count
+        for position in range(first, first + (1 if first_batch_only else count)):
+            inputs = draw(
+                dataset,
+                teacher,
+                generator,
+                seed=seed,
+                batch=batch,
+                position=position,
+                unconditional=settings.unconditional,
+            )
+            for part in inputs.parts(parts()):
+                with torch.no_grad():
+                    teacher.predict(part.x, part.sigma, part.conditions, visit)
+
+    return replay

@@ -1,0 +1,68 @@
+"""A distillation in words, from its records as they come; none of them is kept."""
+
+from pathlib import Path
+
+from .record import Record
+
+_MESSAGES = 20
+
+
+class DistillationReport:
+    """What each stage came to, what the guards did, and where the state is."""
+
+    def __init__(self):
+        self._initial: float | None = None
+        self._losses: dict[str, list[float]] = {}
+        self._seconds: dict[str, float] = {}
+        self._images: dict[str, float] = {}
+        self._worst: list[tuple[str, float]] = []
+        self._messages: list[str] = []
+        self._data = ""
+
+    def add(self, record: Record) -> None:
+        """Count one record in."""
+        stage = record.stage
+        if record.message and len(self._messages) < _MESSAGES:
+            self._messages.append(f"{stage} {record.step}: {record.message}")
+        if not record.losses:
+            return
+        if stage == "init":
+            self._initial = record.loss
+            return
+        self._losses.setdefault(stage, []).append(record.loss)
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + record.seconds
+        images = record.images_per_second * record.seconds
+        self._images[stage] = self._images.get(stage, 0.0) + images
+        if stage == "layers":
+            self._worst = sorted(record.losses.items(), key=lambda item: -item[1])[:3]
+
+    def own_samples(self, count: int, reused: int) -> None:
+        """Say how many of `count` own samples were there already."""
+        self._data = (
+            f"own samples: {count} drawn"
+            if not reused
+            else f"own samples: {reused} of {count} reused from an earlier run"
+        )
+
+    def text(self, folder: Path | None, seconds: float) -> str:
+        """The report after `seconds` in all."""
+        lines = [self._data] if self._data else []
+        if self._initial is not None:
+            lines.append(
+                "informed initialisation: mean relative error of the layers on held-out "
+                f"draws {self._initial:.4f}"
+            )
+        for stage, losses in self._losses.items():
+            tail = max(1, len(losses) // 10)
+            first, last = sum(losses[:tail]) / tail, sum(losses[-tail:]) / tail
+            rate = self._images[stage] / max(self._seconds[stage], 1e-9)
+            lines.append(
+                f"{stage}: {len(losses)} steps, loss {first:.5g} → {last:.5g} (means of {tail}), "
+                f"{rate:.1f} images per second"
+            )
+            if stage == "layers":
+                worst = ", ".join(f"{site} {loss:.4f}" for site, loss in self._worst)
+                lines.append(f"  worst: {worst}")
+        lines += self._messages
+        lines.append(f"{seconds:.0f} s in all" + (f"; state in {folder}" if folder else ""))
+        return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""What distillation needs of its host: a diffusion model whose attention can be looked into."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from .initialization import Visit
+from .offsets import Projections
+
+# One image's conditioning: whatever the host makes of a prompt; distillation only passes it on.
+Condition = object
+
+
+class Teacher(Protocol):
+    """A diffusion model with self-attention sites. Sigma is its own noise level, one per image."""
+
+    # Site path → channels C, in the order in which the network runs them.
+    dims: Mapping[str, int]
+    # Names the base and its weights, LoRAs included: states of another one are refused.
+    fingerprint: str
+    family: str
+    base_model: str
+    device: torch.device
+    # What its layers compute in, whatever they are stored in.
+    dtype: torch.dtype
+    # Whether gradients pass through its weights; "" or the reason why not.
+    why_not_differentiable: str
+
+    def sigmas(self, position: torch.Tensor) -> torch.Tensor:
+        """position [B] in (0, 1), 0 the noisiest step → sigma [B]."""
+
+    def noised(
+        self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        """latents, noise [B, C, H, W], sigma [B] → the model's input at that sigma."""
+
+    def predict(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        conditions: Sequence[Condition],
+        visit: Visit | None = None,
+        features: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """x [B, C, H, W], sigma [B] → ε̂ = (x − x̂₀) / sigma in float32.
+
+        `visit` stands in for every site's attention; `features`, where given, is filled with the
+        hidden state after each site's residual add. Images whose conditions do not fit into one
+        call may come to `visit` in several. The caller sets the gradient mode.
+        """
+
+    def checkpointing(self, active: bool) -> None:
+        """Recompute the base's activations in the backward pass instead of keeping them."""
+
+    def projections(self, site: str) -> Projections | None:
+        """The site's query, key and value maps; None where keys are not the map's own tokens."""
+
+
+@torch.no_grad()
+def sample(
+    teacher: Teacher,
+    conditions: Sequence[Condition],
+    unconditional: Condition,
+    noise: torch.Tensor,
+    *,
+    steps: int = 30,
+    cfg: float = 4.0,
+    visit: Visit | None = None,
+    points: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> torch.Tensor:
+    """noise [B, C, H, W] → latents [B, C, H, W] by Euler steps in sigma (DDIM for an ε-model).
+
+    Steps are uniform in position. `points` collects (x, sigma [B]) at which the model was called;
+    `progress` hears of every step done.
+    """
+    edges = torch.arange(steps, dtype=torch.float64) / steps + 0.5 / max(steps, 500)
+    levels = [float(teacher.sigmas(edge[None])[0]) for edge in edges] + [0.0]
+    x = noise.to(teacher.device)
+    batch = len(x)
+    x = teacher.noised(torch.zeros_like(x), x, torch.full((batch,), levels[0], device=x.device))
+    for step, (level, following) in enumerate(pairwise(levels)):
+        sigma = torch.full((batch,), level, device=x.device)
+        if points is not None:
+            points.append((x, sigma))
+        eps = teacher.predict(x, sigma, conditions, visit)
+        if cfg != 1:
+            free = teacher.predict(x, sigma, [unconditional] * batch, visit)
+            eps = free + cfg * (eps - free)
+        x = x + (following - level) * eps
+        progress(step + 1)
+    return x

@@ -1,0 +1,144 @@
+"""Block or attention: whichever is faster for a layer and shape on this device, measured once."""
+
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..kernels.timing import synchronize
+from .memory import is_out_of_memory
+
+# Seconds of timing that a device is given in one process; the key that spends the last is finished.
+BUDGET = 2.0
+# Calls shorter than this are repeated.
+_SHORT = 0.05
+_REPEATS = 5
+# Loading its kernels does not make a first call of attention this long. Where it is, and takes so
+# many times as long as the block, a second would not change the choice.
+_LONG = 0.2
+_CLEAR = 2
+
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Seconds per call of both ways of one layer at one shape; infinite: it ran out of memory."""
+
+    block: float
+    attention: float
+    # Otherwise `block` is at most, `attention` at least what another size's times tell.
+    measured: bool = True
+
+    @property
+    def takes_block(self) -> bool:
+        return self.block <= self.attention
+
+
+@dataclass
+class Choices:
+    """Choices made so far and the seconds they took; one instance serves the whole process."""
+
+    made: dict[tuple[Hashable, Size], Choice] = field(default_factory=dict)
+    spent: defaultdict[torch.device, float] = field(default_factory=lambda: defaultdict(float))
+
+    def choose(
+        self,
+        layer: Hashable,
+        size: Size,
+        device: torch.device,
+        block: Callable[[], object],
+        attention: Callable[[], object],
+    ) -> Choice:
+        """The choice for maps of this size in a layer; `layer` says all else that they cost by.
+
+        Both are called a few times where it was not made before, unless the device's `BUDGET` is
+        spent: then the times of the layer's other maps decide.
+        """
+        key = (layer, size)
+        if key not in self.made:
+            if self.spent[device] >= BUDGET:
+                self.made[key] = self._judged(layer, math.prod(size))
+            else:
+                self.made[key], took = measure(
+                    device, block, attention, BUDGET - self.spent[device]
+                )
+                self.spent[device] += took
+        return self.made[key]
+
+    def _judged(self, layer: Hashable, tokens: int) -> Choice:
+        """The block where a timed map of the same layer proves it, otherwise attention stays.
+
+        On a smaller map the block takes no longer, and attention at least the square of the ratio;
+        on a larger one attention grows faster than the block.
+        """
+        bounds = [
+            Choice(
+                known.block,
+                known.attention * min(1, tokens / math.prod(size)) ** 2,
+                measured=False,
+            )
+            for (other, size), known in self.made.items()
+            if other == layer and known.measured and math.isfinite(known.attention)
+        ]
+        stays = Choice(math.inf, 0.0, measured=False)
+        return max(bounds, key=lambda choice: choice.attention - choice.block, default=stays)
+
+
+def measure(
+    device: torch.device,
+    block: Callable[[], object],
+    attention: Callable[[], object],
+    budget: float = BUDGET,
+) -> tuple[Choice, float]:
+    """The choice by interleaved medians, and the seconds that it took, compilation aside.
+
+    Attention is called once only where that is as good as a proof, or where a second call would go
+    beyond `budget`. What runs out of memory has lost; if that is both, it is raised.
+    """
+    start = time.perf_counter()
+    first = warm = _seconds(device, block)
+    if first < math.inf:
+        # The first call may compile, for longer than all else here takes; drawing needs that too.
+        warm = _seconds(device, block)
+        start += max(0.0, first - warm)
+
+    def spent() -> float:
+        return time.perf_counter() - start
+
+    if warm == math.inf:
+        return Choice(math.inf, seconds(device, attention)), spent()
+    taken = _seconds(device, attention)
+    if taken > max(_LONG, _CLEAR * warm) or spent() + taken > budget:
+        return Choice(warm, taken), spent()
+    # The first call of attention may have loaded its kernels.
+    ways, times = (block, attention), ([warm], [_seconds(device, attention)])
+    if max(warm, *times[1]) < _SHORT:
+        for _ in range(_REPEATS - 1):
+            for way, series in zip(ways, times, strict=True):
+                series.append(_seconds(device, way))
+    return Choice(*map(statistics.median, times)), spent()
+
+
+def _seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """`seconds`, infinite where the call runs out of memory."""
+    try:
+        return seconds(device, call)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return math.inf
+        raise
+
+
+def seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """Wall time of one call, the device's queue drained on both sides."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,53 @@
+"""What a self-attention layer and its ΔConvBlock compute: floating-point operations, by formula.
+
+A multiplication and an addition count as two operations; softmax, gates, pooling and upsampling
+are left out on both sides, being linear in the map and small.
+"""
+
+from collections.abc import Sequence
+
+from ..kernels import pooled_size
+from .geometry import BlockGeometry
+
+
+def attention_flops(dim: int, height: int, width: int) -> int:
+    """One self-attention layer on one map: four projections, Q·Kᵀ and the weighted sum of V."""
+    tokens = height * width
+    return 2 * (4 * tokens * dim**2 + 2 * tokens**2 * dim)
+
+
+def linfusion_flops(dim: int, heads: int, hidden: int, tokens: int) -> int:
+    """LinFusion's attention: four projections, two networks C → hidden → C, kᵀv and q·kᵀv."""
+    projections, networks = 4 * dim**2, 2 * 2 * dim * hidden
+    return 2 * tokens * (projections + networks + 2 * dim * (dim // heads))
+
+
+def paper_attention_operations(dim: int, tokens: int) -> int:
+    """One self-attention layer as arXiv 2504.21292 counts it: 4nC² + 4n²C + 4nC.
+
+    Recomputed from its table. The projections are in multiply-adds and the two products in single
+    operations, so it is held against nothing but that table.
+    """
+    return 4 * tokens * dim**2 + 4 * tokens**2 * dim + 4 * tokens * dim
+
+
+# What the paper's table has for the block at its largest size; no formula for it is known to us.
+PAPER_BLOCK_OPERATIONS = 1_589.10e9
+
+
+def block_flops(geometry: BlockGeometry, scales: Sequence[float], height: int, width: int) -> int:
+    """One ΔConvBlock on one map: both projections, every scale's convolution, the pooled branch."""
+    tokens, inner = height * width, geometry.dim // 2
+    total = tokens * geometry.dim * inner + geometry.dim**2
+    total += tokens * (inner // 2) * geometry.num_scales * geometry.dim
+    for scale in scales:
+        rows, columns = (height, width) if scale == 1 else pooled_size(height, width, scale)
+        total += rows * columns * inner * geometry.kernel_size**2
+    return 2 * total
+
+
+def halved(size: int, times: int) -> int:
+    """Rows or columns of a UNet's map after that many downsamplers, each rounding up."""
+    for _ in range(times):
+        size = (size + 1) // 2
+    return size

@@ -1,0 +1,1 @@
+"""How local self-attention is: measured per layer, reported, drawn, turned into kernel sizes."""

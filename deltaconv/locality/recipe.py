@@ -1,0 +1,250 @@
+"""Recipes: which self-attention layers to replace by which ΔConvBlock, as text and as presets."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from ..families import FAMILIES, family_title
+from ..flops import attention_flops, block_flops
+from ..geometry import BlockGeometry
+from .report import KERNELS, LocalityReport, SiteLocality
+
+PRESETS = ("measured", "published", "budget")
+_SCALES = (1.0, 0.5)
+# A layer that looks by picture is replaced only where that alone costs less than this.
+TOLERATED_ERROR = 0.01
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read; the message names the line and the reason."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one site: kept as it is, or replaced by a block of this geometry."""
+
+    replace: bool
+    kernel: int = KERNELS[0]
+    scales: tuple[float, ...] = _SCALES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Site path → step, in network order; `notes` say per site why, `about` what it comes from."""
+
+    steps: Mapping[str, Step]
+    about: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> dict[str, Step]:
+        """The sites that get a block."""
+        return {path: step for path, step in self.steps.items() if step.replace}
+
+    def to_text(self) -> str:
+        """One line per site, which `parse_recipe` reads back."""
+        lines = [f"# {line}" for line in self.about.splitlines()]
+        for path, step in self.steps.items():
+            what = "keep"
+            if step.replace:
+                scales = ",".join(str(Fraction(s).limit_denominator(64)) for s in step.scales)
+                what = f"replace kernel={step.kernel} scales={scales}"
+            note = self.notes.get(path)
+            lines.append(f"{path}: {what}" + (f"  # {note}" if note else ""))
+        return "\n".join(lines) + "\n"
+
+
+def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
+    """Text of lines `path: keep` or `path: replace kernel=9 scales=1,1/2` → Recipe.
+
+    `#` starts a comment. Raises RecipeError with line and reason, also for paths outside `sites`
+    where these are given; the sites that the text does not name are kept.
+    """
+    steps, notes, lines_of = {}, {}, {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        content, _, note = line.partition("#")
+        if not content.strip():
+            continue
+        path, colon, rest = (part.strip() for part in content.partition(":"))
+        if not colon:
+            raise _refuse(number, "`site: keep` or `site: replace kernel=… scales=…`", line.strip())
+        if path in steps:
+            raise _refuse(number, f"each site once, first in line {lines_of[path]}", path)
+        if sites is not None and path not in sites:
+            raise _refuse(number, f"one of the {len(sites)} sites of this model", path)
+        steps[path], lines_of[path] = _step(number, rest), number
+        if note.strip():
+            notes[path] = note.strip()
+    if sites is not None:
+        steps = {path: steps.get(path, Step(False)) for path in sites}
+    if not steps:
+        raise RecipeError("Expected a recipe with at least one line `site: …`, got none.")
+    about = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
+    return Recipe(steps, "\n".join(about), notes)
+
+
+def make_recipe(report: LocalityReport, preset: str, computation: float) -> Recipe:
+    """The recipe of one of PRESETS; `computation` is the target of `budget` alone."""
+    if preset == "budget":
+        return budget_recipe(report, computation)
+    return {"measured": measured_recipe, "published": published_recipe}[preset](report)
+
+
+def measured_recipe(report: LocalityReport) -> Recipe:
+    """Every site with the kernel its receptive field asks for; by sensitivity where neither local
+    nor constant."""
+    steps, notes = {}, {}
+    for path, site in report.sites.items():
+        error, kernel = site.sensitivity.error, site.kernel(report.share)
+        steps[path] = Step(True, kernel)
+        if site.kind != "content":
+            field = site.field(report.share)
+            notes[path] = "no field: a constant" if field is None else f"field {field}×{field}"
+        elif error is None:
+            steps[path] = Step(False)
+            notes[path] = "looks by picture, and its sensitivity was not measured"
+        else:
+            steps[path] = Step(True, kernel) if error <= TOLERATED_ERROR else Step(False)
+            limit = "at most" if error <= TOLERATED_ERROR else "above"
+            notes[path] = (
+                f"looks by picture; alone it costs {100 * error:.2g}%, {limit} "
+                f"{100 * TOLERATED_ERROR:.2g}%"
+            )
+    return Recipe(steps, f"measured: kernels from the receptive field; {_about(report)}", notes)
+
+
+def published_recipe(report: LocalityReport) -> Recipe:
+    """The kernels that the method's authors ship for this family."""
+    family = FAMILIES.get(report.family)
+    if family is None or not family.kernels:
+        known = ", ".join(f.title for f in FAMILIES.values() if f.kernels)
+        raise ValueError(
+            f"Expected a family the authors ship kernels for ({known}), got "
+            f"{family_title(report.family)}. Use the preset measured or budget."
+        )
+    kernels = {path: family.published_kernel(path) for path in report.sites}
+    steps = {path: Step(bool(k), k or KERNELS[0]) for path, k in kernels.items()}
+    return Recipe(steps, f"published: the authors' kernels for {family.title}")
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """After replacing `replaced` sites: computation over stock's, and the sum of their errors."""
+
+    replaced: tuple[str, ...]
+    computation: float
+    error: float
+
+
+def cost_curve(report: LocalityReport) -> list[CostPoint]:
+    """Sites replaced one by one, the least sensitive first: computation against error.
+
+    Computation is all self-attention and blocks together over all self-attention, by formula.
+    Errors were measured one site at a time and are added up, as if sites did not interact.
+    Raises ValueError where sensitivity was not measured.
+    """
+    errors = {path: site.sensitivity.error for path, site in report.sites.items()}
+    if missing := [path for path, error in errors.items() if error is None]:
+        raise ValueError(
+            f"Expected the sensitivity of every layer, got none for {len(missing)} of "
+            f"{len(errors)}. Measure again with sensitivity switched on."
+        )
+    stock = {path: _attention(site) for path, site in report.sites.items()}
+    total = running = sum(stock.values())
+    points = [CostPoint((), 1.0, 0.0)]
+    for path in sorted(errors, key=errors.get):
+        site = report.sites[path]
+        running += _block(site, Step(True, site.kernel(report.share))) - stock[path]
+        replaced = (*points[-1].replaced, path)
+        points.append(CostPoint(replaced, running / total, points[-1].error + errors[path]))
+    return points
+
+
+def budget_recipe(report: LocalityReport, computation: float) -> Recipe:
+    """The least sensitive sites first, until computation is at most this fraction of stock's."""
+    curve = cost_curve(report)
+    least = min(point.computation for point in curve)
+    reached = next((p for p in curve if p.computation <= computation), None)
+    if reached is None:
+        raise ValueError(
+            f"Expected a computation target this model can reach, got {computation:.3g}; with "
+            f"every layer replaced it is {least:.3g} of stock's. Ask for {least:.3g} or more."
+        )
+    steps = {
+        path: Step(True, site.kernel(report.share)) if path in reached.replaced else Step(False)
+        for path, site in report.sites.items()
+    }
+    notes = {
+        path: f"alone it costs {100 * site.sensitivity.error:.2g}%"
+        for path, site in report.sites.items()
+    }
+    about = (
+        f"budget: {reached.computation:.3g} of the self-attention's computation, summed error "
+        f"{100 * reached.error:.2g}%; {_about(report)}"
+    )
+    return Recipe(steps, about, notes)
+
+
+def recipe_computation(report: LocalityReport, recipe: Recipe) -> float:
+    """Computation of all self-attention and blocks under this recipe over stock's, by formula."""
+    stock = sum(map(_attention, report.sites.values()))
+    after = sum(
+        _block(site, recipe.steps[path])
+        if path in recipe.steps and recipe.steps[path].replace
+        else _attention(site)
+        for path, site in report.sites.items()
+    )
+    return after / stock
+
+
+def _step(number: int, text: str) -> Step:
+    word, *settings = text.split() or [""]
+    if word == "keep" and not settings:
+        return Step(False)
+    if word != "replace":
+        raise _refuse(number, "keep, or replace with kernel= and scales=", text)
+    values = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if name not in ("kernel", "scales") or not equals or name in values:
+            raise _refuse(number, "kernel= and scales= once each, without spaces inside", setting)
+        values[name] = value
+    if "kernel" not in values:
+        raise _refuse(number, "replace with kernel=", text)
+    kernel = values["kernel"]
+    if not re.fullmatch(r"[0-9]{1,3}", kernel) or int(kernel) not in KERNELS:
+        raise _refuse(number, f"an odd kernel from {KERNELS[0]} to {KERNELS[-1]}", kernel)
+    scales = _SCALES
+    if "scales" in values:
+        scales = tuple(_scale(number, part) for part in values["scales"].split(","))
+        if len(set(scales)) < len(scales):
+            raise _refuse(number, "scales that differ", values["scales"])
+    return Step(True, int(kernel), scales)
+
+
+def _scale(number: int, text: str) -> float:
+    if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9}|/[0-9]{1,4})?", text):
+        numerator, _, denominator = text.partition("/")
+        value = float(numerator) / (float(denominator or 1) or float("nan"))
+        if 0 < value <= 1:
+            return value
+    raise _refuse(number, "scales such as 1,1/2 (fractions above 0, at most 1)", text)
+
+
+def _refuse(number: int, expected: str, got: str) -> RecipeError:
+    return RecipeError(f"Line {number}: expected {expected}, got {got[:120]!r}. Correct that line.")
+
+
+def _about(report: LocalityReport) -> str:
+    height, width = report.latent
+    return f"{family_title(report.family)}, measured at latent {width} × {height}"
+
+
+def _attention(site: SiteLocality) -> int:
+    return attention_flops(site.dim, site.height, site.width)
+
+
+def _block(site: SiteLocality, step: Step) -> int:
+    geometry = BlockGeometry(site.dim, step.kernel, len(step.scales))
+    return block_flops(geometry, step.scales, site.height, site.width)

@@ -1,0 +1,280 @@
+"""The ΔConv file format: reading our own and the published safetensors, writing our own.
+
+Our own files name every tensor `<site path>.<published tensor name>`, site paths in ComfyUI's
+naming, and say in string metadata what the tensors cannot:
+
+    deltaconv.format      "1"
+    deltaconv.family      a name in `families.FAMILIES`, or any other name, or ""
+    deltaconv.gate        "scaled" | "sigmoid"
+    deltaconv.sites       JSON: site path → {"kernel": k, "scales": [...]}
+    deltaconv.base_model  the model that the blocks were distilled from, in words
+    deltaconv.training    JSON: how they were trained
+
+Published files name them `<diffusers path>.conv1.<published tensor name>`, with prefixes in front
+and other weights beside them, and say nothing more.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import ItemsView, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from ...kernels import GATES
+from ..families import FAMILIES, families_of
+from ..geometry import BlockGeometry, default_scales, read_geometry
+from .header import Header, named, open_tensors, quoted, read_header, shortened
+from .keys import Blocks, network_order, own_keys, published_keys, refuse_published
+from .model import DeltaConvWeights, WeightsError, require_finite
+
+FORMAT = "1"
+_DTYPES = {"F16", "BF16", "F32", "F64"}
+# In characters. What the metadata say of sites and training is JSON; SDXL's 70 sites take 8 000.
+_LONGEST_RECORD = 1 << 20
+_LONGEST_NAME = 300
+# Three times what a block of eight scales has.
+_MOST_TENSORS_OF_A_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class _FileTensors(Mapping):
+    """Tensor name → tensor of one site, each read from the file on access."""
+
+    path: Path
+    keys_by_name: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with open_tensors(self.path) as file:
+            return file.get_tensor(self.keys_by_name[name])
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """All tensors of the site, with the file opened once."""
+        with open_tensors(self.path) as file:
+            return {name: file.get_tensor(key) for name, key in self.keys_by_name.items()}.items()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_by_name)
+
+    def __len__(self) -> int:
+        return len(self.keys_by_name)
+
+
+def read_weights(path: str | os.PathLike, *, finite: bool = False) -> DeltaConvWeights:
+    """Weights of a safetensors file, our own or published; reads the header, tensors on access.
+
+    With `finite` every tensor of a block is read once, one at a time, and NaN or infinite values
+    are refused here rather than on access. Raises WeightsError where the file is no safetensors
+    file, is damaged, holds no blocks or malformed ones, or says something of itself that its
+    tensors contradict.
+    """
+    path = Path(path)
+    header = read_header(path)
+    by_site, note = published_keys(header.shapes, path.name)
+    published = bool(by_site)
+    if not published:
+        by_site = own_keys(header.shapes)
+        if "deltaconv.format" not in header.metadata:
+            refuse_published(by_site, path.name)
+    if not by_site:
+        raise WeightsError(
+            f"Expected ΔConv blocks in {path.name}, got {len(header.shapes)} tensors and none of a "
+            f"block{_example(header.shapes)}. Is this a checkpoint or a LoRA? ΔConv files have "
+            "names such as ….conv1.conv_up.weight."
+        )
+    sites = _geometries(by_site, header, path.name)
+    description = _describe(header.metadata, sites, path.name)
+    if published and not description["base_model"]:
+        description["base_model"] = _published_base(sites, path.name)
+    source = f"{path.name} ({note})" if note else path.name
+    if finite:
+        with open_tensors(path) as file:
+            for site in sites:
+                tensors = ((name, file.get_tensor(key)) for name, key in by_site[site].items())
+                require_finite(site, tensors, source)
+    tensors = {site: _FileTensors(path, keys) for site, keys in by_site.items()}
+    return DeltaConvWeights(sites=sites, tensors=tensors, source=source, **description)
+
+
+def write_weights(
+    weights: DeltaConvWeights, path: str | os.PathLike, *, overwrite: bool = False
+) -> Path:
+    """Write `weights` in our own format, all or nothing; returns the path.
+
+    Raises FileExistsError where the file exists and `overwrite` is False, WeightsError where the
+    name is wrong or values are not finite. Nothing is changed or left behind then.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"Expected a file name that ends in .safetensors, got {path.name!r}.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or allow overwriting.")
+    tensors = {
+        f"{site}.{name}": tensor.detach().cpu().contiguous()
+        for site in weights.sites
+        for name, tensor in weights.state(site).items()
+    }
+    sites = {
+        site: {"kernel": geometry.kernel_size, "scales": list(weights.scales[site])}
+        for site, geometry in weights.sites.items()
+    }
+    metadata = {
+        "deltaconv.format": FORMAT,
+        "deltaconv.family": weights.families[0] if len(weights.families) == 1 else "",
+        "deltaconv.gate": weights.gate,
+        "deltaconv.sites": json.dumps(sites),
+        "deltaconv.base_model": weights.base_model,
+        "deltaconv.training": json.dumps(dict(weights.training)),
+    }
+    if long := [key for key, text in metadata.items() if len(text) > _LONGEST_RECORD]:
+        raise WeightsError(
+            f"Expected at most {_LONGEST_RECORD} characters of metadata, got more in "
+            f"{', '.join(long)}, which could not be read again. Keep less of it."
+        )
+    write_atomically(tensors, metadata, path, overwrite)
+    return path
+
+
+def _geometries(by_site: Blocks, header: Header, name: str) -> dict[str, BlockGeometry]:
+    """Site path → geometry, in a stable order; raises WeightsError naming the first bad block."""
+    sites = {}
+    for site in sorted(by_site, key=network_order):
+        keys = by_site[site]
+        if len(keys) > _MOST_TENSORS_OF_A_BLOCK:
+            raise WeightsError(
+                f"{shortened(site)} of {name}: expected the tensors of a ΔConvBlock, got "
+                f"{len(keys)} ({named(keys)}). Get the file again."
+            )
+        if alien := sorted({header.dtypes[key] for key in keys.values()} - _DTYPES):
+            raise WeightsError(
+                f"Expected ΔConv weights in {', '.join(sorted(_DTYPES))}, got {', '.join(alien)} "
+                f"in {shortened(site)} of {name}. Save them in one of these."
+            )
+        try:
+            sites[site] = read_geometry({part: header.shapes[key] for part, key in keys.items()})
+        except ValueError as error:
+            raise WeightsError(
+                f"{shortened(site)} of {name}: {shortened(str(error), 1000)}"
+            ) from error
+    return sites
+
+
+def _published_base(sites: Mapping[str, BlockGeometry], name: str) -> str:
+    """The model that published blocks of this family were made for; refuses unknown families."""
+    fits = families_of({site: geometry.dim for site, geometry in sites.items()})
+    if not fits:
+        site, geometry = next(iter(sites.items()))
+        raise WeightsError(
+            f"Expected blocks of {', '.join(f.title for f in FAMILIES.values())} in {name}, got "
+            f"{len(sites)} that fit none of them (the first: {shortened(site)} with {geometry.dim} "
+            "channels)."
+        )
+    return next((family.published_base for family in fits if family.published_base), "")
+
+
+def _describe(
+    metadata: Mapping[str, str], sites: Mapping[str, BlockGeometry], name: str
+) -> dict[str, object]:
+    """Gate, scales, family and record: as the metadata say, else as the family usually has them."""
+
+    def refuse(expected: str, got: object) -> WeightsError:
+        return WeightsError(
+            f"Expected {expected} in the metadata of {name}, got {quoted(got)}. It was written by "
+            "a newer version or changed by hand: get the file again, or update this pack."
+        )
+
+    version = metadata.get("deltaconv.format", FORMAT)
+    if version != FORMAT:
+        raise refuse(f"format version {FORMAT}", version)
+    fits = families_of({site: geometry.dim for site, geometry in sites.items()})
+    family = metadata.get("deltaconv.family", "")
+    if len(family) > _LONGEST_NAME:
+        raise refuse(f"a family of at most {_LONGEST_NAME} characters", family)
+    known = FAMILIES.get(family) or (fits[0] if fits else None)
+    gate = metadata.get("deltaconv.gate") or (known.gate if known else "scaled")
+    if gate not in GATES:
+        raise refuse(f"a gate out of {GATES}", gate)
+    records = _json_object(metadata, "deltaconv.sites", refuse)
+    scales = {}
+    for site, geometry in sites.items():
+        record = records.get(site, {})
+        if not isinstance(record, dict):
+            raise refuse(f"kernel and scales of {shortened(site)}", record)
+        if (kernel := record.get("kernel", geometry.kernel_size)) != geometry.kernel_size:
+            expected = f"kernel {geometry.kernel_size} for {shortened(site)}, as its tensors have"
+            raise refuse(expected, kernel)
+        values = record.get("scales") or default_scales(geometry.num_scales)
+        if not _are_scales(values, geometry.num_scales):
+            expected = f"{geometry.num_scales} scales in (0, 1] for {shortened(site)}"
+            raise refuse(expected, values)
+        scales[site] = tuple(float(value) for value in values)
+    return {
+        "gate": gate,
+        "scales": scales,
+        "family": family,
+        "base_model": shortened(metadata.get("deltaconv.base_model", ""), _LONGEST_NAME),
+        "training": _json_object(metadata, "deltaconv.training", refuse),
+    }
+
+
+def _are_scales(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(type(v) in (int, float) and 0 < v <= 1 for v in values)
+    )
+
+
+def _json_object(metadata: Mapping[str, str], key: str, refuse) -> dict:
+    text = metadata.get(key, "{}")
+    if len(text) > _LONGEST_RECORD:
+        raise refuse(f"at most {_LONGEST_RECORD} characters under {key}", text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise refuse(f"JSON under {key}", text) from None
+    if not isinstance(value, dict):
+        raise refuse(f"a JSON object under {key}", text)
+    return value
+
+
+def _example(shapes: Mapping[str, tuple]) -> str:
+    return f" (the first is {named(list(shapes)[:1])})" if shapes else ""
+
+
+def write_atomically(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path, overwrite: bool
+) -> None:
+    """Temporary file in the same folder, fsync, then one rename: a reader sees all or nothing."""
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.part")
+    try:
+        # Written here because safetensors' own file is readable by its owner alone.
+        with open(temporary, "xb") as file:
+            file.write(save(dict(tensors), metadata=dict(metadata)))
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _rename_to_new(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Rename unless the name was taken meanwhile; a plain rename would overwrite on POSIX."""
+    if os.name == "nt":
+        os.rename(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # File systems without hard links: the remaining race is a few microseconds long.
+        if path.exists():
+            raise FileExistsError(f"{path} exists already: choose another name.") from None
+        os.rename(temporary, path)

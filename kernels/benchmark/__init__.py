@@ -1,1 +1,0 @@
-"""What `kernels.bench` measures: rows, contenders and the way they are timed."""

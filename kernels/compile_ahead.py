@@ -1,0 +1,169 @@
+"""`python -m comfyui_deltaconv.kernels.compile_ahead`: compile kernels for GPUs that are not here.
+
+Per kernel of every launch of the published shapes: seconds it took, registers, bytes spilled per
+thread, shared memory. What a compiler can prove without a GPU is proved here; speed is not.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .accuracy import Case
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+# Bytes of shared memory that a program may take there.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+# One case per tile and kernel size; sizes alone do not make another compilation.
+CASES = {
+    "SD1.5 level 0, k 7": Case(2, 64, 64, 320, 7),
+    "SD1.5 level 0, k 7, biases": Case(2, 64, 64, 320, 7, biased=(0, 1)),
+    "SD1.5 level 0 at 2048², k 11": Case(2, 256, 256, 320, 11),
+    "SD1.5 level 2, k 5": Case(2, 16, 16, 1280, 5),
+    "SD1.5 middle, k 3": Case(2, 8, 8, 1280, 3),
+    "SDXL level 2, k 9": Case(2, 32, 32, 1280, 9),
+    "PixArt, k 13": Case(2, 32, 32, 1152, 13, gate="sigmoid"),
+    "largest kernel, k 17": Case(2, 128, 128, 640, 17),
+}
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Report(NamedTuple):
+    """What one kernel came to on one target; registers None where no tool tells."""
+
+    kernel: str
+    seconds: float
+    registers: int | None
+    spilled: int | None
+    shared: int
+    conversions: int
+
+
+def compiled_for(launch, dtype: torch.dtype, target: str):
+    """Triton's compiled kernel of a plan's launch, as a call with aligned tensors would have it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from .fused.plan import WIDE
+
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for name in launch.tensors:
+        signature[name] = "*fp32" if name in WIDE else f"*{_NAMES[dtype]}"
+        if name.startswith("bias") and not launch.constants.get("BIASED"):
+            signature[name], constants[name] = "constexpr", None
+    for name, number in launch.numbers.items():
+        signature[name] = "fp32" if isinstance(number, float) else "i32"
+    for name in launch.constants:
+        signature[name] = "constexpr"
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        number = launch.numbers.get(name, 0)
+        if name in constants or parameter.do_not_specialize or isinstance(number, float):
+            continue
+        if number == 1:
+            signature[name], constants[name] = "constexpr", 1
+        elif number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+
+
+def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
+    """What a launch's kernel comes to."""
+    start = time.perf_counter()
+    compiled = compiled_for(launch, dtype, target)
+    seconds = time.perf_counter() - start
+    conversions = compiled.asm["ttgir"].count("ttg.convert_layout")
+    resources = _resources(compiled.asm)
+    name = compiled.metadata.name
+    return Report(name, seconds, *resources, compiled.metadata.shared, conversions)
+
+
+def _resources(asm) -> tuple[int | None, int | None]:
+    """Registers and spilled bytes of one thread, out of the compiler's own output."""
+    if "amdgcn" in asm:
+        found = [
+            re.search(rf"\.{key}:\s*(\d+)", asm["amdgcn"])
+            for key in ("vgpr_count", "vgpr_spill_count")
+        ]
+        return int(found[0][1]), 4 * int(found[1][1])
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.is_file():
+        return None, None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(asm["cubin"])
+        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None = None):
+    """The launches of the op at this case: forward, and with `gradients` those of backward.
+
+    `shared` is the memory of the device that they are for; without it what every device has.
+    """
+    from .fused.backward import plan_level, plan_resampling
+    from .fused.plan import Shape, plan_forward
+
+    sizes = (case.batch, case.height, case.width, case.dim // 2, case.kernel_size)
+    biased = sum(1 << level for level in case.biased)
+    shape = Shape(*sizes, case.scales, case.gate, dtype, torch.device("cpu"), biased)
+    forward = plan_forward(shape, case.dim, dtype, shared)
+    yield from (forward.pool, forward.convolve, forward.upsample)
+    if forward.project:
+        yield forward.project
+    if gradients:
+        yield from plan_level(shape, 0, True)[:3]
+        down, unpool = plan_resampling(shape)
+        yield from (*down, unpool)
+
+
+def published_launches(case: Case):
+    """The full level's convolution in the published style, at every tile that the bench tries."""
+    from ..benchmarks.published_kernels import TILES, plan
+
+    shape = (case.batch, case.height, case.width, case.dim // 2)
+    return [plan(shape, case.kernel_size, tile) for tile in TILES]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kernels.ahead", description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=_NAMES.values(), default="fp16")
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument(
+        "--published", action="store_true", help="the bench's contender in the published style"
+    )
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("expected to compile, got TRITON_INTERPRET=1. Unset it.")
+    dtype = next(dtype for dtype, name in _NAMES.items() if name == options.dtype)
+    print("target\tcase\tkernel\tseconds\tregisters\tspilled B\tshared B\tlayout conversions")
+    with tempfile.TemporaryDirectory() as cache:
+        # A cache of its own: what is measured is cold.
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for target in options.target or TARGETS:
+            for name in options.case or CASES:
+                backward = not options.forward_only
+                found = launches(CASES[name], dtype, backward, SHARED[target])
+                for launch in published_launches(CASES[name]) if options.published else found:
+                    report = compile_launch(launch, dtype, target)
+                    kernel, seconds, *rest = report
+                    row = [target, name, kernel, f"{seconds:.1f}", *map(str, rest)]
+                    print("\t".join(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

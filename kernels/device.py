@@ -1,0 +1,44 @@
+"""Which device there is, what a person calls it, and what a figure on it has to say."""
+
+import shutil
+import subprocess
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch finds, or the CPU."""
+    for name in ("cuda", "xpu", "mps"):
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available():
+            return torch.device(name)
+    return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    module = getattr(torch, device.type, None)
+    if device.type in ("cuda", "xpu"):
+        return module.get_device_name(device)
+    return device.type.upper()
+
+
+def environment(device: torch.device) -> dict:
+    """Device, driver and versions: a figure without them says nothing."""
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    driver = None
+    if device.type == "cuda" and (tool := shutil.which("nvidia-smi")):
+        line = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(line, capture_output=True, text=True).stdout.split("\n")[0]
+    return {
+        "device": device_name(device),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": version,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }

@@ -1,0 +1,1 @@
+"""Everything that reads or changes ComfyUI's models, patches, samplers and folders."""

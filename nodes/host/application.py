@@ -1,0 +1,147 @@
+"""What the patched sites of one application share: when they act, and what was said already."""
+
+import logging
+import operator
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from comfy.hooks import EnumHookType
+from comfy.model_patcher import ModelPatcher
+
+from ...deltaconv import DeltaConvBlock
+from ...deltaconv.application_report import choices_report
+from ...deltaconv.fastest import BUDGET, Choice, Choices, Size
+from .inert import inert_parts
+from .sites import ModelSites, Site
+
+log = logging.getLogger(__name__)
+
+# Measured once a process: every application of every model draws on the same.
+_CHOICES = Choices()
+
+
+@dataclass
+class Application:
+    """What all patched sites of one application share: when they act, and what was said already."""
+
+    model_sites: ModelSites
+    replaced: tuple[str, ...]
+    # Fractions of sampling between which the blocks act; None: always.
+    percent_range: tuple[float, float] | None = None
+    # Whether attention stays where it is the faster of the two on this device.
+    where_faster: bool = False
+    # Site path and shape [B, H, W] → what was chosen for it, in the order first met.
+    chosen: dict[tuple[str, tuple[int, int, int]], Choice] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+    _run: threading.local = field(default_factory=threading.local)
+
+    @property
+    def acts(self) -> bool:
+        """Whether blocks act in the model call that this thread is in."""
+        return getattr(self._run, "acts", True)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Plain attention runs meanwhile in this thread, over the same loaded model."""
+        before = self.acts
+        self._run.acts = False
+        try:
+            yield
+        finally:
+            self._run.acts = before
+
+    def say_once(self, key: str, message: str) -> None:
+        """Log a warning the first time this application meets `key`."""
+        if key not in self._said:
+            self._said.add(key)
+            log.warning(message)
+
+    def compute(
+        self,
+        site: Site,
+        block: DeltaConvBlock,
+        x: torch.Tensor,
+        size: tuple[int, int],
+        attend: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """x [B, H·W, C] → [B, H·W, C] by the block, or by attention where that is faster."""
+
+        def convolve():
+            return block(x.unflatten(1, size)).flatten(1, 2)
+
+        if not self.where_faster:
+            return convolve()
+        # `index` makes numbers again of what a compiler left open: every size has its own choice.
+        batch, *size = map(operator.index, (x.shape[0], *size))
+        size = tuple(size)
+        numbers = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
+        layer = (x.device, x.dtype, batch, numbers, block.scales, block.gate)
+        if torch.compiler.is_compiling():
+            takes = self.takes_compiled_block(site.path, layer, batch, size)
+            return convolve() if takes else attend()
+        choice = _CHOICES.choose(layer, size, x.device, convolve, attend)
+        self.chosen[site.path, (batch, *size)] = choice
+        return convolve() if choice.takes_block else attend()
+
+    @torch.compiler.assume_constant_result
+    def takes_compiled_block(self, path: str, layer: Hashable, batch: int, size: Size) -> bool:
+        """What was chosen before a compiler traces one way; timing that would time the tracing."""
+        choice = _CHOICES.made.get((layer, size))
+        if choice is None:
+            self.say_once(
+                "compile",
+                "ΔConv: expected layers to be timed before the model is compiled, got none at "
+                f"{path}. Blocks run where that is so; connect a latent of the final size and "
+                "batch to Apply ΔConv to have them timed.",
+            )
+            return True
+        self.chosen[path, (batch, *size)] = choice
+        return choice.takes_block
+
+    def after_sampling(self, _: ModelPatcher) -> None:
+        """ON_CLEANUP callback: say once what was chosen for every shape."""
+        sentences = choices_report(self.chosen)
+        if judged := sum(not choice.measured for choice in self.chosen.values()):
+            sentences.append(
+                f"{judged} of these layers and shapes were not timed, but judged by the times of "
+                f"others: the {BUDGET:.0f} s for timing on this device are spent"
+            )
+        for sentence in sentences:
+            if sentence not in self._said:
+                self._said.add(sentence)
+                log.info("ΔConv: %s", sentence)
+
+    def around_model_call(self, executor, x, t, *args, **kwargs):
+        """APPLY_MODEL wrapper: note whether this sigma lies within the range, PixArt too."""
+        sampling = executor.class_obj.model_sampling
+        start, end = (sampling.percent_to_sigma(percent) for percent in self.percent_range)
+        before = self.acts
+        self._run.acts = end <= float(t.max()) <= start
+        try:
+            return executor(x, t, *args, **kwargs)
+        finally:
+            self._run.acts = before
+
+    def around_sampling(self, executor, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: hooks of the conditioning may bring patches for this run alone."""
+        guider = executor.class_obj
+        hooks = guider.model_options.get("registered_hooks")
+        own = hooks.get_type(EnumHookType.TransformerOptions) if hooks else []
+        options = [guider.model_options.get("transformer_options", {})]
+        options += [hook.transformers_dict or {} for hook in own]
+        self.say_inert(guider.model_patcher, options)
+        return executor(*args, **kwargs)
+
+    def before_sampling(self, patcher: ModelPatcher) -> None:
+        """ON_PRE_RUN callback: other nodes may have come after the blocks were applied."""
+        self.say_inert(patcher)
+
+    def say_inert(self, patcher: ModelPatcher, options: Sequence[Mapping] = ()) -> None:
+        """Say each kind of what has no effect on replaced layers once."""
+        for kind, sentence in inert_parts(
+            patcher, self.model_sites, self.replaced, options
+        ).items():
+            self.say_once(kind, f"ΔConv: {sentence}")

@@ -1,0 +1,50 @@
+"""The packaged demo teacher as a real ComfyUI MODEL."""
+
+from typing import ClassVar
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models_base
+import comfy.utils
+
+from ...deltaconv import demo
+
+_PREFIX = "model.diffusion_model."
+
+
+class EmojiDemo(comfy.supported_models_base.BASE):
+    """Model configuration: stock loaders match only sizes they know, so this one is our own."""
+
+    unet_extra_config: ClassVar[dict] = {}
+    # Pixels are the latent: three channels, scale 1.
+    latent_format = comfy.latent_formats.ChromaRadiance
+    deltaconv_family = demo.FAMILY
+
+
+def load_demo_model(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The teacher in a ModelPatcher, in the dtype that ComfyUI picks for this machine."""
+    state = comfy.utils.load_torch_file(str(demo.TEACHER_PATH), safe_load=True)
+    config = EmojiDemo(demo.unet_config())
+    load_device = comfy.model_management.get_torch_device()
+    parameters = comfy.utils.calculate_parameters(state, _PREFIX)
+    supported = config.supported_inference_dtypes
+    dtype = comfy.model_management.unet_dtype(
+        model_params=parameters,
+        supported_dtypes=supported,
+        weight_dtype=comfy.utils.weight_dtype(state, _PREFIX),
+    )
+    cast = comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    config.set_inference_dtype(dtype, cast)
+    model = config.get_model(
+        state, _PREFIX, device=comfy.model_management.unet_inital_load_device(parameters, dtype)
+    )
+    kind = (
+        comfy.model_patcher.ModelPatcher
+        if disable_dynamic
+        else comfy.model_patcher.CoreModelPatcher
+    )
+    patcher = kind(model, load_device, comfy.model_management.unet_offload_device())
+    model.load_model_weights(state, _PREFIX, assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_demo_model, ())
+    return patcher

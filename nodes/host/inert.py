@@ -1,0 +1,103 @@
+"""What other nodes did to replaced layers: without effect there, or in the blocks' way."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import BypassInjectionManager, WeightAdapterBase
+
+from ...deltaconv.application_report import Inert, inert_sentences
+from .object_patches import PatchedView
+from .sites import ModelSites
+
+
+def inert_parts(
+    patcher: ModelPatcher,
+    model_sites: ModelSites,
+    replaced: Sequence[str],
+    transformer_options: Sequence[Mapping] = (),
+) -> dict[str, str]:
+    """Kind → sentence, for all that is known of this patcher.
+
+    `transformer_options` are those that one sampling adds to the patcher's own, as hooks do.
+    """
+    sites = [model_sites.sites[path] for path in replaced]
+    inside = tuple(site.weight_prefix for site in sites)
+    forwards = {site.forward_key for site in sites}
+    weights = Counter(kind for name, kind in _weight_patches(patcher) if name.startswith(inside))
+    modules = sum(
+        path.startswith(inside) and path not in forwards for path in patcher.object_patches
+    )
+    options = [patcher.model_options.get("transformer_options", {}), *transformer_options]
+    taken = {
+        block for entry in options for block in entry.get("patches_replace", {}).get("attn1", {})
+    }
+    return inert_sentences(
+        Inert(
+            weights=weights,
+            modules=modules,
+            attention=0 if model_sites.patch_size else sum(_is_taken(p, taken) for p in replaced),
+            covered=_covered(patcher, forwards),
+            replaced=len(replaced),
+        )
+    )
+
+
+def _weight_patches(patcher: ModelPatcher) -> Iterator[tuple[str, str]]:
+    """Name of a weight or its module, and what kind of patch is on it, for every patch."""
+    for name, patches in patcher.patches.items():
+        for patch in patches:
+            yield name, _kind(patch[1])
+    for hook_patches in patcher.hook_patches.values():
+        for name, patches in hook_patches.items():
+            for patch in patches:
+                yield name, f"{_kind(patch[1])} of hooks"
+    for injections in patcher.injections.values():
+        for injection in injections:
+            for name in _bypassed(injection.inject):
+                yield name, "LoRA patches of LoraLoaderBypass"
+
+
+def _kind(patch: object) -> str:
+    """What made a weight patch, where its form in ComfyUI shows it."""
+    if isinstance(patch, WeightAdapterBase):
+        return "LoRA patches"
+    # A merge gives the other model's weight with the patches that lie on it.
+    if isinstance(patch, list):
+        return "patches of a model merge"
+    # Nothing is added to the weight: its strength alone changes.
+    if isinstance(patch, tuple) and len(patch) == 1 and patch[0] is None:
+        return "multiplications of weights"
+    return "weight patches"
+
+
+def _bypassed(inject: Callable) -> Iterator[str]:
+    """Names of the modules that ComfyUI's bypass LoRA wraps: its injection has them enclosed."""
+    for cell in getattr(inject, "__closure__", None) or ():
+        # A cell may be empty still.
+        with suppress(ValueError):
+            if isinstance(cell.cell_contents, BypassInjectionManager):
+                yield from cell.cell_contents.adapters
+
+
+def _is_taken(path: str, taken: set) -> bool:
+    """Whether a UNet looks up one of the blocks `taken` instead of calling attn1 at `path`."""
+    parts = path.split(".")
+    block = ("middle", 0)
+    if parts[0] != "middle_block":
+        block = (parts[0].removesuffix("_blocks"), int(parts[1]))
+    return block in taken or (*block, int(parts[-2])) in taken
+
+
+def _covered(patcher: ModelPatcher, forwards: set[str]) -> int:
+    """How many of our forwards are not what will be called at their paths."""
+    view = PatchedView(patcher, patcher.object_patches)
+    count = 0
+    for path in forwards:
+        try:
+            count += not hasattr(view[path], "deltaconv")
+        except AttributeError:
+            # Another node's module has no such layer at all.
+            count += 1
+    return count

@@ -1,0 +1,155 @@
+"""What a running distillation shows in ComfyUI: progress with time left, pictures, the curve."""
+
+import logging
+import time
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+
+from ...deltaconv.distillation import Dataset, Record, sample
+from ...deltaconv.distillation.plots import progress_picture
+from ...deltaconv.memory import is_out_of_memory
+from .node_text import show_on_node
+
+_STEPS = 12
+_MOST = 2
+
+
+class LivePreview:
+    """Progress of everything that takes its time, and a picture every `every` steps (0: none).
+
+    `dataset` is set before the first step is shown; `folder` is what to name for going on.
+    """
+
+    dataset: Dataset
+
+    def __init__(self, teacher, settings, every: int, folder: str = ""):
+        self.folder, self.at, self.drew = folder, "", False
+        self.teacher, self.settings, self.every = teacher, settings, every
+        self.total = 1 + settings.layers.steps + settings.joint.steps
+        self.bar = comfy.utils.ProgressBar(self.total)
+        self.began: tuple[float, int] | None = None
+        self.pictures: list = []
+        self.said = 0.0
+
+    def drawn(self, done: int, total: int) -> None:
+        """So many steps of sampling the model's own pictures are done."""
+        self.at, self.drew = f"own samples {done / total:.0%}", True
+        self._move(done, total)
+        self._say(self.at)
+
+    def initialized(self, share: float) -> None:
+        """A share of the initialization is done; raises where the queue was interrupted."""
+        self.at = f"initialisation {share:.0%}"
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._move(round(100 * share), 100)
+        self._say(self.at)
+
+    def show(self, record: Record) -> None:
+        """Move the bar; every so often draw what the student draws by now."""
+        done = 1 + record.step if record.stage == "layers" else record.step
+        if record.stage == "joint":
+            done += 1 + self.settings.layers.steps
+        self.at = f"{record.stage} {record.step}/{record.steps}"
+        text = f"{self.at}, loss {record.loss:.4g}"
+        if left := self._left(done):
+            text += f", {left} left"
+        preview = None
+        if self.every and (record.step % self.every == 0 or done == self.total):
+            preview = self._preview(record, text)
+        self._move(done, self.total, preview)
+        self._say(text, at_once=done == self.total)
+
+    def stopped(self, error: BaseException, saved: int | None) -> None:
+        """Say in place of the last line where it stopped, what is saved, and how to go on.
+
+        `saved` is how many steps the newest state has behind it, None without one.
+        """
+        interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
+        how = "interrupted" if interrupted else "failed"
+        if not self.at:
+            # What is in the folder may be another's.
+            show_on_node(f"{how} before it began, folder {self.folder}")
+        elif saved is None:
+            kept = "; the own samples drawn so far are kept" if self.drew else ""
+            show_on_node(f"{how} at {self.at}, before anything was saved{kept}")
+        else:
+            after = f"{saved} steps" if saved else "the initialisation"
+            show_on_node(
+                f"{how} at {self.at}, saved after {after}. "
+                f"To go on, queue again with folder {self.folder}"
+            )
+
+    def _left(self, done: int) -> str:
+        """From the pace of the steps since the first of this run; "" before the second."""
+        now = time.monotonic()
+        if self.began is None:
+            self.began = (now, done)
+        since, first = self.began
+        return (
+            _duration((now - since) / (done - first) * (self.total - done)) if done > first else ""
+        )
+
+    def _move(self, done: int, total: int, preview=None) -> None:
+        # A bar of its own for each total: one that was full does not show a smaller value.
+        if self.bar.total != total:
+            self.bar = comfy.utils.ProgressBar(total)
+        self.bar.update_absolute(done, total, preview)
+
+    def _say(self, text: str, at_once: bool = False) -> None:
+        """A line on the node itself, once a second at most."""
+        now = time.monotonic()
+        if at_once or now > self.said + 1:
+            self.said = now
+            show_on_node(f"{text}, folder {self.folder}")
+
+    def _preview(self, record: Record, text: str):
+        try:
+            return ("JPEG", self._picture(record, text), 1024)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # The training fits; pictures are not worth losing it.
+            logging.warning("ΔConv: out of memory for preview pictures, going on without them.")
+            self.every = 0
+            return None
+
+    def _picture(self, record: Record, text: str):
+        count = min(_MOST, len(self.dataset.latents))
+        shape = self.dataset.latents[0].shape
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        noise = torch.randn((count, *shape), generator=generator)
+        conditions = list(self.dataset.conditions[:count])
+        arguments = (self.teacher, conditions, self.dataset.unconditional, noise)
+        cfg = 4.0 if self.settings.unconditional else 1.0
+        if not self.pictures:
+            teachers = sample(*arguments, steps=_STEPS, cfg=cfg)
+            self.pictures = [self._decode(latent) for latent in teachers]
+        students = sample(*arguments, steps=_STEPS, cfg=cfg, visit=record.student.visit)
+        pairs = list(zip(self.pictures, map(self._decode, students), strict=True))
+        layers = len(record.history) - (record.step if record.stage == "joint" else 0)
+        losses = [
+            ("layers" if step < layers else "joint", loss)
+            for step, loss in enumerate(record.history)
+        ]
+        return progress_picture(losses, pairs, text)
+
+    def _decode(self, latent: torch.Tensor):
+        """latent [C, H, W] → a small PIL picture, as ComfyUI previews latents of this kind."""
+        if latent.shape[0] == 3:
+            return latent_preview.preview_to_image(latent.movedim(0, -1).float())
+        previewer = latent_preview.get_previewer(
+            self.teacher.device, self.teacher.patcher.model.latent_format
+        )
+        if previewer is None:
+            # Previews are switched off: the first channels still show shapes.
+            return latent_preview.preview_to_image(latent[:3].movedim(0, -1).float())
+        return previewer.decode_latent_to_preview(latent[None])
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

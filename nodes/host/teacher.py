@@ -1,0 +1,309 @@
+"""A loaded MODEL as the teacher of a distillation: its sites opened on a clone, never in place."""
+
+import hashlib
+import inspect
+import math
+from contextlib import suppress
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch.utils.checkpoint import checkpoint
+
+from ...deltaconv.distillation.offsets import Projections
+from .encoded import EncodedConditions
+from .object_patches import restore_in_reverse
+from .patch import detach, original_forward
+from .sites import ModelSites, Site, differentiable_attention, find_sites, recomputable_modules
+
+
+class ComfyTeacher:
+    """`Teacher` over a clone of `model` without ΔConvBlocks; LoRAs on it stay in effect.
+
+    Used as a context manager, outside inference mode: entering loads the clone, leaving unloads
+    it. With `differentiable`, gradients must pass through its weights; where the loaded ones
+    cannot carry them, the base is loaded again for the clone alone.
+    """
+
+    def __init__(self, model: ModelPatcher, *, differentiable: bool = False, name: str = ""):
+        self.model_sites: ModelSites = find_sites(model)
+        self.dims = self.model_sites.dims
+        self.family = self.model_sites.family
+        self.base_model = name
+        self.fingerprint = fingerprint(model)
+        self.why_not_differentiable = ""
+        clone = detach(model)
+        if differentiable:
+            clone = self._differentiable(clone)
+        restore_in_reverse(clone)
+        self.patcher = clone
+        self.device = torch.device(clone.load_device)
+        self._visit = self._features = None
+        self._visited = self._recompute = False
+        self._encoded = EncodedConditions(clone, self.device)
+        self._trained: list[torch.nn.Parameter] = []
+        self._was_training = False
+        for site in self.model_sites.sites.values():
+            self._open(site)
+        if differentiable and not self.why_not_differentiable:
+            for path in recomputable_modules(clone):
+                self._patch(f"diffusion_model.{path}.forward", self._recomputing)
+
+    def __enter__(self) -> "ComfyTeacher":
+        comfy.model_management.load_models_gpu([self.patcher])
+        self._was_training = comfy.model_management.in_training
+        comfy.model_management.in_training = True
+        # Only the blocks train; what requires a gradient would collect one at every step.
+        self._trained = [
+            p for p in self.patcher.model.parameters() if p.requires_grad and not p.is_inference()
+        ]
+        for parameter in self._trained:
+            parameter.requires_grad_(False)
+        return self
+
+    def __exit__(self, *_) -> None:
+        comfy.model_management.in_training = self._was_training
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._trained = []
+        self._encoded.clear()
+        # Given back whole: the next node loads what it needs.
+        comfy.model_management.free_memory(
+            self.patcher.model_size(),
+            self.device,
+            keep_loaded=[
+                loaded
+                for loaded in comfy.model_management.current_loaded_models
+                if loaded.model is not None and not loaded.model.is_clone(self.patcher)
+            ],
+        )
+        self.patcher.unpatch_model()
+        comfy.model_management.soft_empty_cache()
+
+    def sigmas(self, position: torch.Tensor) -> torch.Tensor:
+        """position [B] in (0, 1), 0 the noisiest step → sigma [B]."""
+        sampling = self.patcher.get_model_object("model_sampling")
+        return torch.tensor([float(sampling.percent_to_sigma(p)) for p in position.tolist()])
+
+    def noised(self, latents, noise, sigma):
+        """latents, noise [B, C, H, W], sigma [B] → the model's input at that sigma."""
+        sampling = self.patcher.get_model_object("model_sampling")
+        return sampling.noise_scaling(sigma[:, None, None, None], noise, latents)
+
+    def latents_in(self, samples: torch.Tensor) -> torch.Tensor:
+        """A LATENT's samples as the model works on them."""
+        return self.patcher.model.process_latent_in(samples)
+
+    def latents_out(self, latents: torch.Tensor) -> torch.Tensor:
+        """What `latents_in` made back into a LATENT's samples."""
+        return self.patcher.model.process_latent_out(latents)
+
+    def predict(self, x, sigma, conditions, visit=None, features=None):
+        """x [B, C, H, W], sigma [B], one CONDITIONING entry per image → ε̂ in float32."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        options = self.patcher.model_options.get("transformer_options", {}).copy()
+        options["cond_or_uncond"] = [0]
+        if torch.is_grad_enabled() or self.device.type == "cpu":
+            # Fast attentions such as Sage have no backward, and ComfyUI's default on a CPU saves
+            # memory at twice the time or more. Another node's choice is left alone.
+            options.setdefault("optimized_attention_override", differentiable_attention)
+        self._visit, self._visited = visit, False
+        results, found, order = [], [], []
+        try:
+            for rows, arguments in self._encoded.batches(conditions, x):
+                self._features = {} if features is not None else None
+                whole = len(rows) == len(x)
+                part = (x, sigma) if whole else (x[rows], sigma[rows])
+                arguments["transformer_options"] = {**options, "sigmas": part[1]}
+                results.append(self.patcher.model.apply_model(*part, **arguments))
+                found.append(self._features)
+                order += rows
+        finally:
+            # A backward pass may still recompute with them; predict sets its own each time.
+            if not (self._recompute and torch.is_grad_enabled()):
+                self._visit = self._features = None
+        if visit is not None and not self._visited:
+            raise ValueError(
+                "Expected the model's self-attention to be seen, got none: it was unloaded while "
+                "it was used. Free memory, or load less beside it, and queue again."
+            )
+        if features is not None:
+            features.update({site: _in_order([f[site] for f in found], order) for site in found[0]})
+        denoised = _in_order(results, order)
+        return (x - denoised.float()) / sigma[:, None, None, None]
+
+    def checkpointing(self, active: bool) -> None:
+        """Recompute the base's activations in the backward pass instead of keeping them."""
+        self._recompute = active
+        if not active:
+            self._visit = self._features = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in, whatever their weights are stored in."""
+        return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
+
+    @torch.no_grad()
+    def projections(self, site: str) -> Projections | None:
+        """The site's query, key and value maps, as they act: LoRA, casting and storage included."""
+        module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
+        dim = self.dims[site]
+        basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
+        if self.model_sites.patch_size is None:
+            maps = [layer(basis)[0] for layer in (module.to_q, module.to_k, module.to_v)]
+            heads = module.heads
+        else:
+            if module.sr_ratio > 1 or not isinstance(module.q_norm, torch.nn.Identity):
+                return None
+            maps = module.qkv(basis)[0].chunk(3, dim=-1)
+            heads = module.num_heads
+        # What zero maps to is the bias; a constant in the key or query is left out here.
+        weights = [(rows[:dim] - rows[dim]).float().T.contiguous() for rows in maps]
+        return Projections(*weights, heads)
+
+    def _differentiable(self, clone: ModelPatcher) -> ModelPatcher:
+        parameters = clone.model.diffusion_model.parameters()
+        if not clone.is_dynamic() and not any(p.is_inference() for p in parameters):
+            return clone
+        if "force_deepcopy" not in inspect.signature(clone.clone).parameters:
+            self.why_not_differentiable = (
+                "this ComfyUI keeps loaded weights in inference mode and cannot load them again "
+                "for training. Set the joint steps to 0, or update ComfyUI to 0.30.0 or newer."
+            )
+            return clone
+        if clone.cached_patcher_init is None:
+            self.why_not_differentiable = (
+                "the node that loaded this MODEL does not say how to load it again for training. "
+                "Set the joint steps to 0, or load the model with a stock loader."
+            )
+            return clone
+        return clone.clone(force_deepcopy=True)
+
+    def _patch(self, key: str, make) -> None:
+        original, _ = original_forward(self.patcher, key)
+        self.patcher.add_object_patch(key, make(original))
+
+    def _open(self, site: Site) -> None:
+        """Object patches that show the site's map to `visit`, and its residual to `features`."""
+        if self.model_sites.patch_size is None:
+            self._patch(site.forward_key, lambda original: self._unet_site(site, original))
+            after = site.path.removesuffix("attn1") + "norm2"
+        else:
+            self._patch(site.forward_key, lambda original: self._pixart_site(site, original))
+            after = site.path.removesuffix("attn") + "cross_attn"
+        # The first module to read the state after the residual add.
+        if any(name == after for name, _ in self.patcher.model.diffusion_model.named_modules()):
+            key = f"diffusion_model.{after}.forward"
+            self._patch(key, lambda original: self._feature(site, original))
+
+    def _unet_site(self, site, original):
+        def forward(x, context=None, value=None, mask=None, transformer_options=None):
+            options = transformer_options or {}
+
+            def attend():
+                return original(
+                    x, context=context, value=value, mask=mask, transformer_options=options
+                )
+
+            size = options.get("activations_shape", (0, 0, 0, 0))[2:]
+            return self._on_map(site, x, size, attend)
+
+        return forward
+
+    def _pixart_site(self, site, original):
+        def forward(x, mask=None, HW=None, block_id=None):
+            side = math.isqrt(x.shape[1])
+            patch = self.model_sites.patch_size
+            size = [length // patch for length in HW] if HW else (side, side)
+            return self._on_map(
+                site, x, size, lambda: original(x, mask=mask, HW=HW, block_id=block_id)
+            )
+
+        return forward
+
+    def _on_map(self, site, x, size, attend):
+        if self._visit is None:
+            return attend()
+        if x.shape[1] != math.prod(size):
+            raise ValueError(
+                f"Expected the whole map {list(size)} at {site.path}, got {x.shape[1]} tokens. "
+                "Remove HyperTile, ToMe or the like for the distillation."
+            )
+        size, self._visited = tuple(size), True
+        y = self._visit(site.path, x.unflatten(1, size), lambda: attend().unflatten(1, size))
+        return y.flatten(1, 2)
+
+    def _feature(self, site, original):
+        def forward(x, *args, **kwargs):
+            if self._features is not None:
+                self._features.setdefault(site.path, x)
+            return original(x, *args, **kwargs)
+
+        return forward
+
+    def _recomputing(self, original):
+        def forward(*args, **kwargs):
+            if self._recompute and torch.is_grad_enabled():
+                return checkpoint(original, *args, use_reentrant=False, **kwargs)
+            return original(*args, **kwargs)
+
+        return forward
+
+
+def _in_order(parts: list[torch.Tensor], order: list[int]) -> torch.Tensor:
+    """Rows of `parts` [b, …], which are rows `order` of the whole → the whole [B, …]."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat(parts)
+    return joined[torch.tensor(order, device=joined.device).argsort()]
+
+
+def fingerprint(model: ModelPatcher) -> str:
+    """A name for the base as it predicts: samples of every tensor, its weight patches, how it reads
+    noise levels, and what other nodes have put into its options.
+
+    Weights that another clone has patched for the moment count as what they were before.
+    """
+    digest = hashlib.sha256()
+
+    def count_in(name: str, value: object) -> None:
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
+            flat = value.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // 256)][:256]
+            digest.update(picked.float().cpu().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                count_in(f"{name}.{key}", value[key])
+        elif isinstance(value, list | tuple):
+            for index, part in enumerate(value):
+                count_in(f"{name}.{index}", part)
+        elif hasattr(value, "weights"):
+            count_in(name, value.weights)
+        elif isinstance(value, str | int | float | bool) or value is None:
+            digest.update(repr(value).encode())
+        elif code := getattr(value, "__code__", None):
+            # A node's function with its settings, which it keeps in its closure.
+            digest.update(f"{value.__module__}.{value.__qualname__}".encode())
+            for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+                # An empty cell belongs to what is not defined yet.
+                with suppress(ValueError):
+                    if isinstance(cell.cell_contents, str | int | float | bool):
+                        count_in(f"{name}.{variable}", cell.cell_contents)
+        else:
+            digest.update(type(value).__qualname__.encode())
+
+    for name, tensor in model.model.diffusion_model.state_dict().items():
+        key = f"diffusion_model.{name}"
+        count_in(key, model.backup[key].weight if key in model.backup else tensor)
+    for key in sorted(model.patches):
+        count_in(key, model.patches[key])
+    bare = detach(model)
+    sampling = bare.get_model_object("model_sampling")
+    count_in("model_sampling", [kind.__qualname__ for kind in type(sampling).__mro__])
+    count_in("model_sampling", dict(sampling.named_buffers()))
+    count_in("object_patches", sorted(bare.object_patches))
+    count_in("model_options", bare.model_options)
+    return digest.hexdigest()[:16]

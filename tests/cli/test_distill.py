@@ -1,0 +1,242 @@
+"""`python dev.py distill`: a whole run on the packaged demo, at a small size, from a folder."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import comfyui_deltaconv
+import pytest
+import torch
+from comfyui_deltaconv.deltaconv import demo, read_weights
+from comfyui_deltaconv.deltaconv.distillation import PRESETS, code_settings, paper_settings
+from comfyui_deltaconv.development import DevelopmentError
+from comfyui_deltaconv.development.distil import chosen_settings, read_config, read_folder, run
+from comfyui_deltaconv.development.distil_compare import AUTHORS, _authors, _begun, _steps_within
+from comfyui_deltaconv.development.distil_demo import Pace, distil_demo, training_steps
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    from comfyui_deltaconv.deltaconv.pictures.metrics import to_pil
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    found, captions = demo.pictures()
+    for index in range(3):
+        to_pil((found[index].movedim(0, -1) + 1) / 2).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(captions[index], encoding="utf-8")
+    return folder
+
+
+def test_a_folder_of_pictures_is_distilled_resumed_and_logged(tmp_path, pictures, capsys):
+    config = {
+        "data": str(pictures),
+        "size": 16,
+        "recipe": {"middle_block.1.transformer_blocks.0.attn1": [3, [1.0]]},
+        "settings": {
+            "init_images": 4,
+            "layers": {"steps": 2, "batch": 2},
+            "joint": {"steps": 0},
+        },
+        "folder": str(tmp_path / "out"),
+    }
+    run(config)
+    weights = read_weights(tmp_path / "out" / "deltaconv.safetensors")
+    assert list(weights.sites) == list(config["recipe"])
+    assert "demo" in weights.base_model
+    config["settings"]["layers"]["steps"] = 4
+    run(config)
+    lines = (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [(line["stage"], line["step"]) for line in map(json.loads, lines)]
+    assert steps == [("init", 1), *(("layers", step) for step in (1, 2, 3, 4))]
+    assert "resumed after 2 steps" in lines[3]
+    assert "Weights:" in capsys.readouterr().out
+
+
+def test_pictures_are_what_the_sheet_says():
+    found, captions = demo.pictures()
+    assert found.shape == (512, 3, 64, 64) and len(captions) == 512
+    assert found.min() >= -1 and found.max() <= 1
+    circle = found[captions.index("large red circle")]
+    red = circle[0] > circle[1] + 0.5
+    assert 0.3 < red.float().mean() < 0.9
+
+
+def test_pictures_come_with_their_captions(pictures):
+    (pictures / "2.txt").unlink()
+    found, captions = read_folder(pictures, 8)
+    assert [tuple(picture.shape) for picture in found] == [(8, 8, 3)] * 3
+    assert captions[:2] == demo.pictures()[1][:2] and captions[2] == ""
+    assert all(0 <= picture.min() and picture.max() <= 1 for picture in found)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a picture"])
+def test_folders_without_usable_pictures_are_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DevelopmentError, match="Expected pictures" if content is None else "a.png"):
+        read_folder(tmp_path, 8)
+
+
+def test_configuration_problems_are_listed_together(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: 3\nsize: true\npreset: best\nmore: 1\n", encoding="utf-8")
+    with pytest.raises(DevelopmentError) as error:
+        read_config(path)
+    for word in ("model", "size", "preset", "more"):
+        assert word in str(error.value)
+
+
+def test_a_configuration_names_its_preset(tmp_path):
+    path = tmp_path / "x.yaml"
+    for name, preset in PRESETS.items():
+        path.write_text(f"preset: {name}\nsettings: {{joint: {{steps: 7}}}}\n", encoding="utf-8")
+        found = chosen_settings(read_config(path))
+        wanted = preset()
+        assert found.joint.steps == 7 and found.losses == wanted.losses
+        assert found.joint.weight_decay == wanted.joint.weight_decay
+        assert found.joint.decayed == wanted.joint.decayed and found.eight_bit == wanted.eight_bit
+
+
+def test_the_nodes_losses_are_presets():
+    from comfyui_deltaconv.nodes.distill import LOSSES
+    from comfyui_deltaconv.nodes.host.distillation import _settings
+
+    widgets = {"seed": 1, "save_every": 2, "precision": "float32", "initialisation": "random"}
+    widgets |= {"gradient_checkpointing": False, "batch_size": 2, "accumulate": 1}
+    for stage in ("layer", "joint"):
+        widgets |= {f"{stage}_steps": 3, f"{stage}_rate": 1e-3}
+    for name, preset in LOSSES.items():
+        found = _settings({**widgets, "losses": name, "eight_bit": True})
+        assert found.losses == PRESETS[preset]().losses and found.eight_bit
+        assert found.joint.steps == 3 and found.joint.lr == 1e-3
+    assert set(LOSSES.values()) <= set(PRESETS) and list(LOSSES)[:2] == ["ours", "published"]
+    assert PRESETS[LOSSES["published"]]().losses == paper_settings().losses
+    (code,) = (name for name in LOSSES if "authors' code" in name)
+    assert PRESETS[LOSSES[code]]().losses == code_settings("SD1.5").losses
+
+
+@pytest.mark.parametrize("preset", AUTHORS)
+def test_a_comparison_trains_with_the_preset_that_it_names(preset):
+    settings, own = _authors(preset, (0, 20), 2.0, 5), PRESETS[preset]()
+    assert settings.losses == own.losses and settings.init == "random" and settings.seed == 5
+    assert (settings.layers.steps, settings.joint.steps, settings.joint.lr) == (0, 20, 2e-3)
+    assert settings.joint.weight_decay == own.joint.weight_decay
+    assert settings.joint.decayed == own.joint.decayed
+    name = AUTHORS[preset]
+    assert _steps_within(60, name, {f"{name} joint": 2.0}) == (0, 30)
+
+
+@pytest.mark.parametrize("seconds", [0.005, 0.5, 5.0, 60.0])
+def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
+    """A fifth for pictures, an eighth for the initialization, the rest halved between stages."""
+    pace = Pace(teacher=seconds, student=seconds / 2)
+    pictures = 2 * pace.picture_steps(310) * (seconds + 3 * seconds / 2)
+    init = 2 * pace.init_images(310) * seconds / 4
+    layers, joint = training_steps(150, seconds, 2 * seconds)
+    training = layers * seconds + joint * 2 * seconds
+    if seconds < 1:
+        assert pictures + init + training < 0.5 * 310 + 150
+    if seconds < 0.1:
+        assert (pace.picture_steps(310), layers, joint) == (20, 300, 300)
+    # However slow, each part is there.
+    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32
+    assert layers >= 2 and joint >= 2
+
+
+@pytest.mark.any_comfyui
+def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsys):
+    started = time.process_time()
+    figures = distil_demo(tmp_path, seconds=20, side=16)["psnr"]
+    # The processor's time: on a machine that does other things, what cannot be left out takes
+    # longer by the clock.
+    assert time.process_time() - started < 60 * torch.get_num_threads()
+    assert figures["untrained"] < min(figures["initialised"], figures["distilled"])
+    grid = Image.open(tmp_path / "distil_demo.png")
+    assert grid.width > 4 * 192 and grid.height > 4 * 192
+    assert Image.open(tmp_path / "distil_demo_loss.png").width > 400
+    assert len(read_weights(tmp_path / "distil_demo.safetensors").sites) == 10
+    said = capsys.readouterr().out
+    for words in ("layer steps of", "joint", "PSNR", "held-out noise"):
+        assert words in said
+
+
+def test_packaged_pictures_do_not_change():
+    found, captions = demo.pictures()
+    digest = hashlib.sha256(((found + 1) * 127.5).round().to(torch.uint8).numpy().tobytes())
+    digest.update("\n".join(captions).encode())
+    assert digest.hexdigest()[:16] == "78c9282dd30ba772"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x80\x02}q\x00.", b"not a checkpoint"])
+def test_checkpoints_that_do_not_load_are_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DevelopmentError, match=r"model\.safetensors"):
+        run({"model": str(path), "folder": str(tmp_path / "out")})
+
+
+@pytest.mark.parametrize("entry", ["size: 0", "size: -4", "samples: 0"])
+def test_sizes_that_cannot_be_are_refused(tmp_path, entry):
+    path = tmp_path / "x.yaml"
+    path.write_text(entry, encoding="utf-8")
+    with pytest.raises(DevelopmentError, match=entry.split(":", 1)[0]):
+        read_config(path)
+
+
+@pytest.mark.any_comfyui
+def test_module_is_the_command(tmp_path):
+    """As a user starts it, from prompts alone."""
+    config = tmp_path / "x.yaml"
+    entries = {
+        "prompts": ["octopus"],
+        "samples": 1,
+        "size": 16,
+        "recipe": {"middle_block.1.transformer_blocks.0.attn1": 3},
+        "settings": {
+            "init": "random",
+            "layers": {"steps": 2, "batch": 1},
+            "joint": {"steps": 0},
+        },
+        "folder": str(tmp_path / "out"),
+    }
+    config.write_text(json.dumps(entries), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "comfyui_deltaconv.deltaconv.distillation",
+        "--config",
+        str(config),
+    ]
+    package = Path(comfyui_deltaconv.__file__).parent
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    (parent / "comfyui_deltaconv").symlink_to(package)
+    environment = {**os.environ, "PYTHONPATH": str(parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "own samples: 100%" in done.stdout and "Weights:" in done.stdout
+    weights = read_weights(tmp_path / "out" / "deltaconv.safetensors")
+    assert weights.training["steps"] == 2
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_stopped_comparison_goes_on_with_its_own_settings_alone(tmp_path):
+    file, identity = tmp_path / "compare.json", {"minutes": 10.0, "settings": {"ours": {"lr": 1}}}
+    assert _begun(file, identity) == identity
+    found = {**identity, "ours": {"runs": [1]}}
+    file.write_text(json.dumps(found), encoding="utf-8")
+    assert _begun(file, identity) == found
+    other = {**identity, "settings": {"ours": {"lr": 2}}}
+    assert _begun(file, other) == other
+    for broken in ("", "[]", "{", "3"):
+        file.write_text(broken, encoding="utf-8")
+        assert _begun(file, identity) == identity

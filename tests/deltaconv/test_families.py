@@ -1,0 +1,297 @@
+"""The family tables against ComfyUI's real model classes, and which weights fit which model."""
+
+import pytest
+import torch
+from comfyui_deltaconv.deltaconv import DeltaConvBlock, WeightsError, read_weights
+from comfyui_deltaconv.deltaconv.families import (
+    FAMILIES,
+    families_of,
+    from_published,
+    resolution_level,
+    to_published,
+)
+from comfyui_deltaconv.deltaconv.weights.compatibility import check_fit, select_sites
+from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+
+COUNTS = {"sd1": 16, "sd2": 16, "sdxl": 70, "sdxl-refiner": 44, "pixart": 28}
+
+SD = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "context_dim": 768,
+    "legacy": False,
+    "use_checkpoint": False,
+    "adm_in_channels": None,
+}
+XL = {"num_classes": "sequential", "use_linear_in_transformer": True}
+UNETS = {
+    "sd1": ("SD15", SD),
+    "sd2": ("SD20", {**SD, "context_dim": 1024, "use_linear_in_transformer": True}),
+    "sdxl": (
+        "SDXL",
+        {
+            **SD,
+            **XL,
+            "num_res_blocks": [2, 2, 2],
+            "channel_mult": [1, 2, 4],
+            "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_middle": 10,
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "context_dim": 2048,
+            "adm_in_channels": 2816,
+        },
+    ),
+    "sdxl-refiner": (
+        "SDXLRefiner",
+        {
+            **SD,
+            **XL,
+            "model_channels": 384,
+            "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
+            "transformer_depth_middle": 4,
+            "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
+            "context_dim": 1280,
+            "adm_in_channels": 2560,
+        },
+    ),
+}
+
+
+def meta_model(class_name, unet_config, device="meta"):
+    """A MODEL of ComfyUI's own class, by default without memory for its weights."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, class_name)(unet_config)
+    model = config.get_model({}, "", device=device)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+def pixart_model(class_name="PixArtSigma"):
+    config = {"image_model": "pixart_sigma", "depth": 28, "hidden_size": 1152, "num_heads": 16}
+    return meta_model(class_name, {**config, "input_size": 64, "micro_condition": False})
+
+
+def find(model):
+    from comfyui_deltaconv.nodes.host.sites import find_sites
+
+    return find_sites(model)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_unet_sites_are_those_of_the_real_class(comfy, family):
+    import comfy.utils
+
+    class_name, config = UNETS[family]
+    found = find(meta_model(class_name, config))
+    assert found.family == family
+    assert len(found.sites) == COUNTS[family]
+    assert found.dims == dict(FAMILIES[family].dims)
+    assert list(found.dims) == list(FAMILIES[family].dims)
+    diffusers = comfy.utils.unet_to_diffusers(config)
+    names = {ours: theirs for theirs, ours in diffusers.items()}
+    for site, published in FAMILIES[family].published_paths.items():
+        assert names[f"{site}.to_q.weight"] == f"{published}.attn1.to_q.weight"
+        assert from_published(published, config["num_res_blocks"]) == site
+        assert found.sites[site].level == resolution_level(site, config["num_res_blocks"])
+
+
+def test_inpaint_models_are_of_their_family(comfy):
+    found = find(meta_model("SD15", {**SD, "in_channels": 9}))
+    assert (found.family, len(found.sites)) == ("sd1", 16)
+
+
+@pytest.mark.parametrize("class_name", ["PixArtSigma", "PixArtAlpha"])
+def test_pixart_sites_are_those_of_the_real_class(comfy, class_name):
+    found = find(pixart_model(class_name))
+    assert found.family == "pixart"
+    assert found.dims == dict(FAMILIES["pixart"].dims)
+    for site, published in FAMILIES["pixart"].published_paths.items():
+        assert published == f"transformer_blocks.{site.split('.')[1]}"
+        assert from_published(published) == site
+    assert found.map_size("blocks.0.attn", 64, 96) == (32, 48)
+
+
+def test_map_sizes_are_those_of_the_real_unet(comfy):
+    """Odd latents round up at every downsampler."""
+    import comfy.ldm.modules.attention as attention
+
+    model = meta_model("SD15", {**SD, "model_channels": 32}, device="cpu")
+    found, seen = find(model), {}
+    for path, module in model.model.diffusion_model.named_modules():
+        if isinstance(module, attention.SpatialTransformer):
+            site = f"{path}.transformer_blocks.0.attn1"
+
+            def note(module, arguments, site=site):
+                seen[site] = tuple(arguments[0].shape[-2:])
+
+            module.register_forward_pre_hook(note)
+    x, context = torch.zeros(1, 4, 49, 70), torch.zeros(1, 77, 768)
+    with torch.no_grad():
+        model.model.diffusion_model(x, torch.zeros(1), context=context)
+    assert seen == {site: found.map_size(site, 49, 70) for site in found.sites}
+
+
+def test_models_without_a_layout_are_refused_in_one_sentence(comfy):
+    flux = meta_model(
+        "Flux",
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "vec_in_dim": 768,
+            "context_in_dim": 64,
+            "hidden_size": 128,
+            "mlp_ratio": 4.0,
+            "num_heads": 4,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [8, 12, 12],
+            "theta": 10000,
+            "patch_size": 2,
+            "qkv_bias": True,
+            "guidance_embed": False,
+            "out_channels": 16,
+            "txt_ids_dims": [],
+        },
+    )
+    with pytest.raises(ValueError, match="got Flux: its attention runs over text and image"):
+        find(flux)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_paths_map_there_and_back(family):
+    for site, published in FAMILIES[family].published_paths.items():
+        assert to_published(site) == published
+        assert from_published(published) == site
+    assert families_of(FAMILIES[family].dims)[0].dims == FAMILIES[family].dims
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "input_blocks.0.0",
+        "input_blocks.3.1.transformer_blocks.0.attn1",
+        "output_blocks.99.1.transformer_blocks.0.attn1",
+        "input_blocks.99.1.transformer_blocks.0.attn1",
+        "input_blocks.1.1.transformer_blocks.0.attn2",
+        "",
+    ],
+)
+def test_other_paths_have_no_published_name(path):
+    assert to_published(path) is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "down_blocks.0.attentions.2.transformer_blocks.0",
+        "up_blocks.0.attentions.3.transformer_blocks.0",
+        "down_blocks.4.attentions.0.transformer_blocks.0",
+        "mid_block.attentions.1.transformer_blocks.0",
+        "blocks.3",
+        "",
+    ],
+)
+def test_other_published_paths_have_no_site(path):
+    assert from_published(path) is None
+
+
+def test_published_kernels_are_those_of_the_paper():
+    sd1 = [FAMILIES["sd1"].published_kernel(site) for site in FAMILIES["sd1"].dims]
+    assert sd1 == [7, 7, 9, 9, 5, 5, 3, 5, 5, 5, 9, 9, 9, 11, 11, 11]
+    sdxl = [FAMILIES["sdxl"].published_kernel(site) for site in FAMILIES["sdxl"].dims]
+    assert sdxl == [9] * 4 + [7] * 20 + [9] * 10 + [9] * 30 + [13] * 6
+    assert {FAMILIES["pixart"].published_kernel(f"blocks.{i}.attn") for i in range(28)} == {13}
+    assert FAMILIES["sd2"].published_kernel("middle_block.1.transformer_blocks.0.attn1") is None
+
+
+def weights_for(dims, **description):
+    blocks = {site: DeltaConvBlock(dim, 3, device="meta") for site, dim in dims.items()}
+    return weights_of_blocks(blocks, **description)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_fit_their_own_family(family):
+    weights = weights_for(FAMILIES[family].dims)
+    assert family in weights.families
+    check_fit(weights, FAMILIES[family].dims, family)
+
+
+def test_sd1_and_sd2_share_a_layout_unless_the_file_says():
+    weights = weights_for(FAMILIES["sd1"].dims)
+    assert weights.families == ("sd1", "sd2")
+    check_fit(weights, FAMILIES["sd2"].dims, "sd2")
+    with pytest.raises(WeightsError, match=r"for Stable Diffusion 2\.x.* for Stable Diffusion 1"):
+        check_fit(weights_for(FAMILIES["sd1"].dims, family="sd1"), FAMILIES["sd2"].dims, "sd2")
+
+
+def test_another_family_is_named_on_both_sides():
+    weights = weights_for(FAMILIES["sdxl"].dims, source="xl.safetensors")
+    with pytest.raises(WeightsError) as error:
+        check_fit(weights, FAMILIES["sd1"].dims, "sd1")
+    for words in ("Stable Diffusion 1.x", "Stable Diffusion XL", "xl.safetensors"):
+        assert words in str(error.value)
+
+
+def test_missing_layers_and_wrong_widths_are_named():
+    weights = weights_for({"blocks.0.attn": 8, "blocks.1.attn": 8})
+    with pytest.raises(WeightsError, match=r"layers it does not have \(blocks\.1\.attn\)"):
+        check_fit(weights, {"blocks.0.attn": 8}, "")
+    with pytest.raises(WeightsError, match=r"blocks\.1\.attn: 8 channels, the model has 16"):
+        check_fit(weights, {"blocks.0.attn": 8, "blocks.1.attn": 16}, "")
+
+
+def test_the_demo_weights_fit_no_stock_model():
+    from comfyui_deltaconv.deltaconv import demo
+
+    with pytest.raises(WeightsError, match="emoji-demo"):
+        check_fit(read_weights(demo.DELTACONV_PATH), FAMILIES["sd1"].dims, "sd1")
+
+
+LEVELS = {site: resolution_level(site) for site in FAMILIES["sd1"].dims}
+
+
+@pytest.mark.parametrize(
+    ("selection", "count"),
+    [
+        ("all", 16),
+        ("", 16),
+        ("level 0", 5),
+        ("level 1", 5),
+        ("level 2", 5),
+        ("level 3", 1),
+        ("middle", 1),
+        ("down", 6),
+        ("up", 9),
+        ("down, middle\nup", 16),
+        ("-middle", 15),
+        ("all, -up, -level0", 5),
+        ("output_blocks.3.*", 1),
+        ("*.attn1, -input_blocks.?.1.*", 10),
+    ],
+)
+def test_selections(selection, count):
+    chosen = select_sites(LEVELS, selection)
+    assert len(chosen) == count
+    assert chosen == [site for site in LEVELS if site in set(chosen)]
+
+
+@pytest.mark.parametrize("selection", ["level 4", "attn9", "down, foo", "-foo"])
+def test_selections_that_name_nothing_are_refused(selection):
+    with pytest.raises(ValueError, match="names none of them"):
+        select_sites(LEVELS, selection)
+
+
+def test_selections_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match="leaves none"):
+        select_sites(LEVELS, "all, -all")

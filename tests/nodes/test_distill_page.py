@@ -1,0 +1,94 @@
+"""What a distillation says on its node in the real page: while it runs, stopped, and refused."""
+
+import json
+
+import pytest
+from comfyui_deltaconv.development import ROOT
+from comfyui_deltaconv.development.comfyui.browser import in_page, load_workflow, open_page
+from selenium.webdriver.support.ui import WebDriverWait
+
+DISTILL = "DeltaConvDistill"
+LINE = f"""
+const node = app.graph.nodes.find(node => node.type === '{DISTILL}');
+return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? ''
+"""
+
+
+@pytest.fixture(scope="module")
+def workflow():
+    """Model and distillation alone, on small own samples, for as long as it is let."""
+    workflow = json.loads((ROOT / "workflows" / "deltaconv_distill.json").read_text("utf-8"))
+    kept = {"DeltaConvDemoModel", "DeltaConvDemoPrompt", DISTILL, "LossGraphNode"}
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] in kept]
+    ids = {node["id"] for node in workflow["nodes"]}
+    links = [link for link in workflow["links"] if {link[1], link[3]} <= ids]
+    workflow["links"], workflow["groups"] = links, []
+    known = {link[0] for link in links}
+    for node in workflow["nodes"]:
+        for slot in node["outputs"]:
+            slot["links"] = [link for link in slot["links"] or [] if link in known]
+    return workflow
+
+
+def with_widgets(browser, workflow, **values):
+    """Open the workflow with these widgets of the distillation, and queue it."""
+    load_workflow(browser, workflow)
+    in_page(
+        browser,
+        f"""const node = app.graph.nodes.find(node => node.type === '{DISTILL}');
+        for (const [name, value] of Object.entries(arguments[0]))
+            node.widgets.find(widget => widget.name === name).value = value;
+        await app.queuePrompt(0);""",
+        values,
+    )
+
+
+def wait_for(browser, words):
+    WebDriverWait(browser, 300).until(lambda _: words in in_page(browser, LINE))
+    return in_page(browser, LINE)
+
+
+SMALL = {
+    "prompts": "octopus",
+    "layer_steps": 100_000,
+    "joint_steps": 0,
+    "batch_size": 1,
+    "samples": 1,
+    "sample_size": 16,
+    "initialisation": "random",
+    "preview_every": 0,
+    "save_every": 5,
+}
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "Vue nodes"])
+def test_the_folder_is_shown_and_an_interrupt_says_how_to_go_on(browser, server, workflow, vue):
+    open_page(browser, server, Comfy_VueNodes_Enabled=vue)
+    number = "00002" if vue else "00001"
+    with_widgets(browser, workflow, **SMALL, folder="")
+    running = wait_for(browser, "layers ")
+    assert running.endswith(f", folder {number}")
+    server.interrupt()
+    stopped = wait_for(browser, "interrupted at layers ")
+    assert f"To go on, queue again with folder {number}" in stopped and "saved after" in stopped
+    shown = "return document.body.innerText"
+    WebDriverWait(browser, 60).until(
+        lambda _: f"queue again with folder {number}" in in_page(browser, shown)
+    )
+
+
+def test_an_error_leaves_no_line_of_another_run(browser, server, workflow):
+    open_page(browser, server, Comfy_VueNodes_Enabled=False)
+    with_widgets(browser, workflow, **{**SMALL, "samples": 100_000, "samples_mb": 1}, folder="x")
+    assert wait_for(browser, "failed") == "failed before it began, folder x"
+
+
+def test_a_new_node_keeps_its_seed(browser, server):
+    open_page(browser, server, Comfy_VueNodes_Enabled=False)
+    control = in_page(
+        browser,
+        """const node = LiteGraph.createNode(arguments[0]);
+        return node.widgets.find(widget => widget.label === 'control after generate').value""",
+        DISTILL,
+    )
+    assert control == "fixed"
