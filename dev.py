@@ -16,7 +16,7 @@ import subprocess
 import time
 
 from development import DevelopmentError, unwind_when_terminated
-from development.comfyui import OLDEST
+from development.comfyui.tree import OLDEST
 from development.environment import ensure
 
 # To add a command: write development/<command>.py with `main(argv: list[str]) -> int`, add a line.
