@@ -1,8 +1,9 @@
-"""`python dev.py lint`: style and formatting, as the settings in pyproject.toml ask for."""
+"""`python dev.py lint`: style, formatting, import contracts and types, as pyproject.toml has them."""
 
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 from . import ROOT
 
@@ -11,7 +12,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dev.py lint", description=__doc__)
     parser.add_argument("--fix", action="store_true", help="mend what can be mended")
     fix = parser.parse_args(argv).fix
-    checks = (["check", *(["--fix"] if fix else [])], ["format", *([] if fix else ["--check"])])
-    ruff = [sys.executable, "-I", "-m", "ruff"]
-    codes = [subprocess.run([*ruff, *check, "."], cwd=ROOT).returncode for check in checks]
-    return max(codes)
+    programs = Path(sys.executable).parent
+    python = ["--python-interpreter-path", sys.executable]
+    checks = (
+        [sys.executable, "-I", "-m", "ruff", "check", *(["--fix"] if fix else []), "."],
+        [sys.executable, "-I", "-m", "ruff", "format", *([] if fix else ["--check"]), "."],
+        [programs / "lint-imports", "--no-logo"],
+        [programs / "pyrefly", "check", "--summary=none", "--output-format=min-text", *python],
+    )
+    return max([subprocess.run(check, cwd=ROOT).returncode for check in checks])
