@@ -19,7 +19,7 @@ from ..deltaconv.weights.model import weights_of_blocks
 from ..kernels.timing import once, summary
 from ..nodes.host.application import Application
 from ..nodes.host.patch import attach, load_blocks
-from ..nodes.host.sites import find_sites, text_shape
+from ..nodes.host.sites import find_sites
 
 STOCK, OURS = "stock", "deltaconv"
 # Seconds of a step that is measured three times only, and of one that is measured once.
@@ -85,7 +85,7 @@ def _steps(family: str, side: int, patcher, dtype, batch: int) -> Callable[[Mode
     device = patcher.load_device
     shape = (batch, patcher.model.latent_format.latent_channels, side, side)
     x = torch.randn(shape, dtype=dtype, device=device)
-    context = torch.randn(batch, *text_shape(patcher), dtype=dtype, device=device)
+    context = torch.randn(batch, *_text_shape(patcher), dtype=dtype, device=device)
     arguments = {"context": context}
     if adm := patcher.model.adm_channels:
         arguments["y"] = torch.randn(batch, adm, dtype=dtype, device=device)
@@ -208,7 +208,7 @@ def sampling(stock, patched, side: int, batch: int, repeats: int) -> dict:
         found["easycache"] = _of_node(EasyCacheNode.execute(stock, **defaults))
     except (ImportError, AttributeError) as error:
         print(f"    EasyCache is left out: {error}")
-    tokens, channels = text_shape(stock)
+    tokens, channels = _text_shape(stock)
     prompts = [
         [[torch.randn(1, tokens, channels), {"pooled_output": torch.randn(1, _POOLED)}]]
         for _ in range(2)
@@ -261,3 +261,7 @@ def _print(entry: dict) -> None:
             )
     for name, reason in entry["left_out"].items():
         print(f"    {name}: {reason}", flush=True)
+
+
+def _text_shape(model) -> tuple[int, int]:
+    return find_sites(model).text_shape(model.model.diffusion_model)

@@ -1,4 +1,4 @@
-"""`python dev.py lint`: style, formatting, import contracts and types, as pyproject.toml has them."""
+"""`python dev.py lint`: style, formatting, import contracts and types, as in pyproject.toml."""
 
 import argparse
 import subprocess

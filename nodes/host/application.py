@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import ReferenceType
 
 import torch
 from comfy.hooks import EnumHookType
@@ -15,7 +16,7 @@ from ...deltaconv import DeltaConvBlock
 from ...deltaconv.application_report import choices_report
 from ...deltaconv.fastest import BUDGET, Choice, Choices, Size
 from .inert import inert_parts
-from .sites import ModelSites, Site
+from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,24 @@ class Application:
         if key not in self._said:
             self._said.add(key)
             log.warning(message)
+
+    def replacing(self, site: Site, block: ReferenceType[DeltaConvBlock]) -> OnMap:
+        """What stands in for attention at `site`: the block where it acts, plain attention else.
+
+        Where another node tiles, merges or exchanges tokens, or brings keys and values of its own,
+        the block has no map to work on; one warning says so. The block is held weakly: a forward
+        stays on the model object until the next clone is loaded, and ComfyUI would report a memory
+        leak if it kept the blocks of a clone that is gone.
+        """
+
+        def on_map(call: SiteCall) -> torch.Tensor:
+            if self.acts and (convolution := block()):
+                if call.is_whole_map(site.dim):
+                    return self.compute(site, convolution, call.x, call.size, call.attend)
+                self.say_once("map", _no_map(site, call))
+            return call.attend()
+
+        return on_map
 
     def compute(
         self,
@@ -145,3 +164,13 @@ class Application:
             patcher, self.model_sites, self.replaced, options
         ).items():
             self.say_once(kind, f"ΔConv: {sentence}")
+
+
+def _no_map(site: Site, call: SiteCall) -> str:
+    got = call.problem or f"tokens of shape {list(call.x.shape)}"
+    # Nothing can be taken off a model that draws no single image.
+    advice = "; remove HyperTile, ToMe or the like to use ΔConvBlocks everywhere"
+    return (
+        f"ΔConv: expected the whole map {list(call.expected(site.dim))} at {site.path}, got {got}. "
+        f"Plain attention runs where that is so{advice if call.problem in ('', OTHERS) else ''}."
+    )

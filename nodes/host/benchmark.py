@@ -28,7 +28,7 @@ from ...kernels.device import device_name
 from ...kernels.selftest import implementation_of
 from .application import Application
 from .patch import attach, compute_dtype, load_blocks, site_calls
-from .sites import find_sites, text_shape
+from .sites import find_sites
 
 # Where in sampling the timed step stands; the time is the same everywhere.
 _PERCENT = 0.5
@@ -56,12 +56,12 @@ def benchmark(
     if not sizes:
         usual = native_latent(model_sites.family) * cell
         sizes = [(usual, usual), (2 * usual, 2 * usual)]
-    latents = [latent_size(size, cell, model_sites.patch_size or 1) for size in sizes]
+    latents = [latent_size(size, cell, model_sites.latent_step) for size in sizes]
     dtype = compute_dtype(model)
     application = Application(model_sites, tuple(weights.sites))
     blocks = load_blocks(weights, application.replaced, weights.gate, dtype)
     patched = attach(model, blocks, application)
-    tokens, channels = text_shape(model)
+    tokens, channels = model_sites.text_shape(model.model.diffusion_model)
     # Nothing takes another time for what the prompt says.
     prompt = [[torch.randn(1, tokens, channels), {"pooled_output": torch.randn(1, _POOLED)}]]
     bar = comfy.utils.ProgressBar(len(sizes) * 100)

@@ -30,14 +30,13 @@ def inert_parts(
         path.startswith(inside) and path not in forwards for path in patcher.object_patches
     )
     options = [patcher.model_options.get("transformer_options", {}), *transformer_options]
-    taken = {
-        block for entry in options for block in entry.get("patches_replace", {}).get("attn1", {})
-    }
     return inert_sentences(
         Inert(
             weights=weights,
             modules=modules,
-            attention=0 if model_sites.patch_size else sum(_is_taken(p, taken) for p in replaced),
+            attention=sum(
+                any(model_sites.is_taken(p, entry) for entry in options) for p in replaced
+            ),
             covered=_covered(patcher, forwards),
             replaced=len(replaced),
         )
@@ -79,15 +78,6 @@ def _bypassed(inject: Callable) -> Iterator[str]:
         with suppress(ValueError):
             if isinstance(cell.cell_contents, BypassInjectionManager):
                 yield from cell.cell_contents.adapters
-
-
-def _is_taken(path: str, taken: set) -> bool:
-    """Whether a UNet looks up one of the blocks `taken` instead of calling attn1 at `path`."""
-    parts = path.split(".")
-    block = ("middle", 0)
-    if parts[0] != "middle_block":
-        block = (parts[0].removesuffix("_blocks"), int(parts[1]))
-    return block in taken or (*block, int(parts[-2])) in taken
 
 
 def _covered(patcher: ModelPatcher, forwards: set[str]) -> int:

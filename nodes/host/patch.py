@@ -17,7 +17,6 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...deltaconv import DeltaConvBlock, DeltaConvWeights
 from .application import Application
-from .forward import pixart_forward, unet_forward
 from .object_patches import restore_in_order, restore_in_reverse, stock_forward
 from .ops import LendingCast
 
@@ -105,6 +104,7 @@ def attach(
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, application.around_sampling)
     if application.percent_range is not None:
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, application.around_model_call)
+    application.model_sites.prepare(patched, KEY)
     restore_in_reverse(patched)
     _bind(patched, application, application.replaced)
     return patched
@@ -141,11 +141,7 @@ def site_calls(
         shape = (batch, rows * columns, site.dim)
         if shape not in maps:
             maps[shape] = torch.randn(shape, dtype=dtype, device=device)
-        if application.model_sites.patch_size is None:
-            own = {**options, "activations_shape": [batch, 0, rows, columns]}
-            place = {"transformer_options": own}
-        else:
-            place = {"HW": latent_size}
+        place = application.model_sites.example_call(site, batch, latent_size, options)
         forward = patched.object_patches[site.forward_key]
         calls.append(functools.partial(forward, maps[shape], **place))
     return calls
@@ -157,7 +153,7 @@ def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Model
     clone.remove_additional_models(KEY)
     for event in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP, *_CLONE_EVENTS):
         clone.remove_callbacks_with_key(event, KEY)
-    for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+    for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         clone.remove_wrappers_with_key(wrapper, KEY)
     restore_in_order(clone)
     for name, forward in list(clone.object_patches.items()):
@@ -180,15 +176,11 @@ def _bind(
 ) -> None:
     """Object patches for these sites, over the forwards of this patcher's own model object."""
     blocks = patcher.get_additional_models_with_key(KEY)[0].model
-    patch_size = application.model_sites.patch_size
     for path in sites:
         site = application.model_sites.sites[path]
         original, chained = original_forward(patcher, site.forward_key)
-        forward = (
-            unet_forward(site, ref(blocks[path]), original, application)
-            if patch_size is None
-            else pixart_forward(site, ref(blocks[path]), original, application, patch_size)
-        )
+        on_map = application.replacing(site, ref(blocks[path]))
+        forward = application.model_sites.wrap(site, original, on_map)
         forward.deltaconv = Binding(ref(patcher.model), ref(blocks), original, chained)
         patcher.add_object_patch(site.forward_key, forward)
 

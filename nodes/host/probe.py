@@ -19,10 +19,9 @@ from ...deltaconv.locality.attention import (
 from ...deltaconv.locality.grid import GridMaps, grid_queries
 from ...deltaconv.locality.settings import LocalityPlan, query_index
 from .application import Application
-from .forward import Block, pixart_forward, unet_forward
 from .object_patches import restore_in_reverse
 from .patch import compute_dtype, detach, load_blocks, original_forward
-from .sites import ModelSites, Site
+from .sites import Heads, ModelSites, Site
 
 KEY = "deltaconv_locality"
 # One chunk of attention; the GPU likes larger ones than a CPU's cache.
@@ -115,90 +114,44 @@ def probed(
         patcher = load_blocks(weights, weights.sites, weights.gate, compute_dtype(model))
         clone.set_additional_models(KEY, [patcher])
         blocks = patcher.model
+    model_sites.prepare(clone, KEY)
     for path, site in model_sites.sites.items():
         original, _ = original_forward(clone, site.forward_key)
-        block = ref(blocks[path]) if blocks is not None and path in weights.sites else None
-        application = Application(model_sites, (path,))
-        if model_sites.patch_size is None:
-            forward = _unet_probe(site, original, probe, block, application)
-        else:
-            module = comfy.utils.get_attr(clone.model, f"diffusion_model.{path}")
-            forward = _pixart_probe(site, module, original, probe, block, application)
-        clone.add_object_patch(site.forward_key, forward)
+        module = comfy.utils.get_attr(clone.model, f"diffusion_model.{path}")
+        inspect = functools.partial(_inspect, site, probe)
+        inspected = model_sites.inspecting(site, module, original, inspect)
+        replaced = None
+        if blocks is not None and path in weights.sites:
+            on_map = Application(model_sites, (path,)).replacing(site, ref(blocks[path]))
+            replaced = model_sites.wrap(site, original, on_map)
+        clone.add_object_patch(
+            site.forward_key, _chosen(site, probe, original, inspected, replaced)
+        )
     return clone
 
 
-def _unet_probe(
-    site: Site,
-    original: Callable,
-    probe: Probe,
-    block: Block | None,
-    application: Application,
+def _chosen(
+    site: Site, probe: Probe, original: Callable, inspected: Callable, replaced: Callable | None
 ) -> Callable:
-    """Forward of a UNet's attn1 that lets the probe see q and k where attention is computed."""
-    replaced = None if block is None else unet_forward(site, block, original, application)
+    """The forward of a site that does at each call what the probe asks for."""
 
-    def forward(x, context=None, value=None, mask=None, transformer_options=None):
-        options = {} if transformer_options is None else transformer_options
+    def forward(x, *arguments, **named):
         changes = probe.changes(site)
         if changes and probe.window is None:
-            return replaced(x, context, value, mask, options)
-        if changes or probe.watching:
-            # The override reaches this attention alone: attn2 gets the options without it.
-            own = functools.partial(_attend, site, probe, options, mask is not None)
-            options = {**options, "optimized_attention_override": own}
-        return original(x, context=context, value=value, mask=mask, transformer_options=options)
+            return replaced(x, *arguments, **named)
+        way = inspected if changes or probe.watching else original
+        return way(x, *arguments, **named)
 
     return forward
 
 
-def _attend(site: Site, probe: Probe, options, masked, function, q, k, v, heads, *args, **kwargs):
-    """Stands where attention is computed; q, k, v [B, N, heads · d] as the host gives them."""
-    size = tuple(options.get("activations_shape", (0, 0, 0, 0))[-2:])
-    scale = kwargs.get("scale")
-    plain = not masked and not kwargs.get("skip_reshape") and q.shape == k.shape
-    if probe.changes(site) and plain and q.shape[1] == size[0] * size[1]:
-        split = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (q, k, v))
-        return probe.cut(*split, *size, scale)
-    if probe.watching and not plain:
-        probe.leave_out(site, "another node gave it a mask, or keys of its own")
+def _inspect(site: Site, probe: Probe, heads: Heads) -> torch.Tensor | None:
+    """Stands where attention is computed: the result [B, N, heads · d] of a cut window, or None."""
+    q, k, v, (height, width), scale, problem = heads
+    if not problem and probe.changes(site) and q.shape[2] == height * width:
+        return probe.cut(q, k, v, height, width, scale)
+    if probe.watching and problem:
+        probe.leave_out(site, problem)
     elif probe.watching:
-        split = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (q, k))
-        probe.observe(site, *split, *size, scale)
-    if (earlier := options.get("optimized_attention_override")) is not None:
-        return earlier(function, q, k, v, heads, *args, **kwargs)
-    return function(q, k, v, heads, *args, **kwargs)
-
-
-def _pixart_probe(
-    site: Site,
-    module: torch.nn.Module,
-    original: Callable,
-    probe: Probe,
-    block: Block | None,
-    application: Application,
-) -> Callable:
-    """Forward of PixArt's attn; it gets no transformer_options, so q and k are computed again."""
-    patch_size = application.model_sites.patch_size
-    replaced = (
-        None if block is None else pixart_forward(site, block, original, application, patch_size)
-    )
-
-    def forward(x, mask=None, HW=None, block_id=None):
-        changes = probe.changes(site)
-        if changes and probe.window is None:
-            return replaced(x, mask, HW, block_id)
-        if (changes or probe.watching) and getattr(module, "sr_ratio", 1) > 1:
-            probe.leave_out(site, "it compresses its keys, so they are not cells of this map")
-        elif changes or probe.watching:
-            side = round(x.shape[1] ** 0.5)
-            height, width = (size // patch_size for size in HW) if HW else (side, side)
-            q, k, v = module.qkv(x).unflatten(-1, (3, -1)).unbind(2)
-            heads = (module.q_norm(q), module.k_norm(k), v)
-            q, k, v = (t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for t in heads)
-            if changes:
-                return module.proj(probe.cut(q, k, v, height, width, None))
-            probe.observe(site, q, k, height, width, None)
-        return original(x, mask=mask, HW=HW, block_id=block_id)
-
-    return forward
+        probe.observe(site, q, k, height, width, scale)
+    return None

@@ -4,18 +4,20 @@ import hashlib
 import inspect
 import math
 from contextlib import suppress
+from functools import partial
 
 import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 from ...deltaconv.distillation.offsets import Projections
 from .encoded import EncodedConditions
 from .object_patches import restore_in_reverse
-from .patch import detach, original_forward
-from .sites import ModelSites, Site, differentiable_attention, find_sites, recomputable_modules
+from .patch import KEY, detach, original_forward
+from .sites import ModelSites, Site, SiteCall, differentiable_attention, find_sites
 
 
 class ComfyTeacher:
@@ -28,12 +30,19 @@ class ComfyTeacher:
 
     def __init__(self, model: ModelPatcher, *, differentiable: bool = False, name: str = ""):
         self.model_sites: ModelSites = find_sites(model)
+        if model.model.latent_format.latent_dimensions != 2:
+            raise ValueError(
+                f"Expected a model of latents [B, C, H, W], got {type(model.model).__name__}, "
+                "whose latents have frames: distilling and evaluating it is not built yet. Apply "
+                "ΔConv works with it."
+            )
         self.dims = self.model_sites.dims
         self.family = self.model_sites.family
         self.base_model = name
         self.fingerprint = fingerprint(model)
         self.why_not_differentiable = ""
         clone = detach(model)
+        self.model_sites.prepare(clone, KEY)
         if differentiable:
             clone = self._differentiable(clone)
         restore_in_reverse(clone)
@@ -47,7 +56,7 @@ class ComfyTeacher:
         for site in self.model_sites.sites.values():
             self._open(site)
         if differentiable and not self.why_not_differentiable:
-            for path in recomputable_modules(clone):
+            for path in self.model_sites.recomputable(clone.model.diffusion_model):
                 self._patch(f"diffusion_model.{path}.forward", self._recomputing)
 
     def __enter__(self) -> "ComfyTeacher":
@@ -150,17 +159,13 @@ class ComfyTeacher:
         module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
         dim = self.dims[site]
         basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
-        if self.model_sites.patch_size is None:
-            maps = [layer(basis)[0] for layer in (module.to_q, module.to_k, module.to_v)]
-            heads = module.heads
-        else:
-            if module.sr_ratio > 1 or not isinstance(module.q_norm, torch.nn.Identity):
-                return None
-            maps = module.qkv(basis)[0].chunk(3, dim=-1)
-            heads = module.num_heads
-        # What zero maps to is the bias; a constant in the key or query is left out here.
-        weights = [(rows[:dim] - rows[dim]).float().T.contiguous() for rows in maps]
-        return Projections(*weights, heads)
+
+        def matrix(layer) -> torch.Tensor:
+            # What zero maps to is the bias; a constant in the key or query is left out here.
+            rows = layer(basis)[0]
+            return (rows[:dim] - rows[dim]).float().T.contiguous()
+
+        return self.model_sites.projections(module, matrix)
 
     def _differentiable(self, clone: ModelPatcher) -> ModelPatcher:
         parameters = clone.model.diffusion_model.parameters()
@@ -186,53 +191,31 @@ class ComfyTeacher:
 
     def _open(self, site: Site) -> None:
         """Object patches that show the site's map to `visit`, and its residual to `features`."""
-        if self.model_sites.patch_size is None:
-            self._patch(site.forward_key, lambda original: self._unet_site(site, original))
-            after = site.path.removesuffix("attn1") + "norm2"
-        else:
-            self._patch(site.forward_key, lambda original: self._pixart_site(site, original))
-            after = site.path.removesuffix("attn") + "cross_attn"
-        # The first module to read the state after the residual add.
+
+        def on_map(call: SiteCall) -> torch.Tensor:
+            return self._on_map(site, call)
+
+        self._patch(
+            site.forward_key, lambda original: self.model_sites.wrap(site, original, on_map)
+        )
+        after = self.model_sites.after_residual(site)
         if any(name == after for name, _ in self.patcher.model.diffusion_model.named_modules()):
             key = f"diffusion_model.{after}.forward"
             self._patch(key, lambda original: self._feature(site, original))
 
-    def _unet_site(self, site, original):
-        def forward(x, context=None, value=None, mask=None, transformer_options=None):
-            options = transformer_options or {}
-
-            def attend():
-                return original(
-                    x, context=context, value=value, mask=mask, transformer_options=options
-                )
-
-            size = options.get("activations_shape", (0, 0, 0, 0))[2:]
-            return self._on_map(site, x, size, attend)
-
-        return forward
-
-    def _pixart_site(self, site, original):
-        def forward(x, mask=None, HW=None, block_id=None):
-            side = math.isqrt(x.shape[1])
-            patch = self.model_sites.patch_size
-            size = [length // patch for length in HW] if HW else (side, side)
-            return self._on_map(
-                site, x, size, lambda: original(x, mask=mask, HW=HW, block_id=block_id)
-            )
-
-        return forward
-
-    def _on_map(self, site, x, size, attend):
+    def _on_map(self, site: Site, call: SiteCall) -> torch.Tensor:
         if self._visit is None:
-            return attend()
+            return call.attend()
+        x, size = call.x, call.size
         if x.shape[1] != math.prod(size):
             raise ValueError(
                 f"Expected the whole map {list(size)} at {site.path}, got {x.shape[1]} tokens. "
                 "Remove HyperTile, ToMe or the like for the distillation."
             )
-        size, self._visited = tuple(size), True
-        y = self._visit(site.path, x.unflatten(1, size), lambda: attend().unflatten(1, size))
-        return y.flatten(1, 2)
+        self._visited = True
+        map_ = partial(rearrange, pattern="b (h w) c -> b h w c", h=size[0], w=size[1])
+        y = self._visit(site.path, map_(x), lambda: map_(call.attend()))
+        return rearrange(y, "b h w c -> b (h w) c")
 
     def _feature(self, site, original):
         def forward(x, *args, **kwargs):
