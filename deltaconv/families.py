@@ -1,4 +1,4 @@
-"""The model families with published layouts: their self-attention sites, under both names.
+"""The model families: their self-attention sites, under ComfyUI's and the published names.
 
 A site path is ComfyUI's name of the attention module inside the diffusion model; its published
 path is the diffusers name of the transformer block that holds the ΔConvBlock as `conv1`.
@@ -129,6 +129,11 @@ def _unet(
     return dims
 
 
+def _cosmos(depth: int, dim: int) -> dict[str, int]:
+    """Site path → dim of a MiniTrainDIT."""
+    return {f"blocks.{k}.self_attn": dim for k in range(depth)}
+
+
 _SD_DIMS = _unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, (1, 1, 1, 0))
 
 FAMILIES = {
@@ -173,6 +178,10 @@ FAMILIES = {
             {"blocks": (13,)},
             "PixArt-Σ, 512 or 1024",
         ),
+        # Nobody publishes blocks for these; the gate is that of the best ones for UNets.
+        Family("cosmos-predict2", "Cosmos-Predict2 2B", "scaled", 128, _cosmos(28, 2048)),
+        Family("cosmos-predict2-14b", "Cosmos-Predict2 14B", "scaled", 128, _cosmos(36, 5120)),
+        Family("anima", "Anima", "scaled", 128, _cosmos(28, 2048)),
     )
 }
 
