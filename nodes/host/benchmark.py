@@ -76,7 +76,9 @@ def benchmark(
             steps = Steps(patched, application, SizeTimes(size), repeats, seconds, progress)
             guider = comfy.samplers.CFGGuider(patched)
             guider.inner_set_conds({"positive": prompt})
-            shape = (batch, format_.latent_channels, *latent)
+            # One frame, where latents have frames.
+            frames = (1,) * (format_.latent_dimensions - 2)
+            shape = (batch, format_.latent_channels, *frames, *latent)
             results.append(_at_size(guider, steps, shape))
             progress(1, 1)
     return _heading(patched, blocks, application, batch, dtype), results

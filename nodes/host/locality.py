@@ -221,8 +221,11 @@ def _sigmas(model: ModelPatcher, percents) -> dict[float, float]:
 
 
 def _picture(denoised: torch.Tensor, format_) -> torch.Tensor:
-    """Latent [1, C, H, W] → rough picture [H, W, 3] in 0…1 by the format's own preview factors."""
-    x = denoised
+    """Latent [1, C, H, W] → rough picture [H, W, 3] in 0…1 by the format's own preview factors.
+
+    Of a latent [1, C, T, H, W] the first frame.
+    """
+    x = denoised[:, :, 0] if denoised.ndim == 5 else denoised
     if (reshape := getattr(format_, "latent_rgb_factors_reshape", None)) is not None:
         x = reshape(x)
     x = x[0].movedim(0, -1)

@@ -224,3 +224,18 @@ def test_distilling_is_refused_before_anything_is_changed(model):
     with pytest.raises(ValueError, match=r"latents have frames: distilling .* not built yet"):
         ComfyTeacher(model)
     assert not model.object_patches
+
+
+@pytest.mark.parametrize("model", ["Anima"], indirect=True)
+def test_its_locality_is_measured_and_its_steps_are_timed(model, weights):
+    from comfyui_deltaconv.nodes.benchmark import DeltaConvBenchmark
+    from comfyui_deltaconv.nodes.locality import DeltaConvLocality
+
+    positive = [[torch.randn(1, 8, TEXT), {}]]
+    latent = {"samples": torch.randn(1, 16, 1, 13, 18)}
+    report = DeltaConvLocality.execute(model, positive, latent, percents="0.5").args[0]
+    assert {path: (site.height, site.width) for path, site in report.sites.items()} == (
+        dict.fromkeys(SITES, (7, 9))
+    )
+    table = DeltaConvBenchmark.execute(model, weights, "96x144", 1, 1, 5.0).args[0]
+    assert "blocks by torch in 3 of 3 layers" in table and "out of memory" not in table
