@@ -1,14 +1,14 @@
-"""Where self-attention looks, from its queries and keys, without ever holding an N × N map.
+"""Attention rows and their mass by offset (key's cell − query's cell), without an N × N map.
 
-Attention is reduced to two sufficient numbers per head while it streams by in chunks of queries:
-its entropy, and how much mass falls on every offset (key's cell minus query's cell). Windows,
-distances and the radial profile all follow from the offsets; see locality_profile.
+`measure_attention` reduces chunks of queries to two statistics per head: the entropy, and the mass
+on every offset. `profile` derives windows, distances and the radial profile from the offsets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 
 # How many parts a sample of queries is split into; their spread gives the standard error.
 GROUPS = 16
@@ -105,12 +105,15 @@ def measure_attention(
             # −Σ p log p with p = weights / total and log p = scores − log total.
             nats = total.log() - scores.mul_(weights).sum(dim=-1) / total
             entropy[group] += nats.view(batch, heads, -1).sum(dim=(0, 2)).double().cpu()
-            _add_by_offset(sums, weights, total.reciprocal(), picked.tolist(), height, width)
+            add_by_offset(sums, weights, total.reciprocal(), picked.tolist(), height, width)
         counted = len(part)
         mean = sums.view(batch, heads, *size).cpu().double().mean(dim=0)
         offsets[group] = mean / counted
         entropy[group] /= batch * counted
-        pairs[group] = _uniform_pairs(part, height, width)
+        if counted == tokens:
+            pairs[group] = uniform_offsets(height, width)
+        else:
+            pairs[group] = pairs_by_offset(part.tolist(), height, width) / (counted * tokens)
     counted = sum(map(len, parts))
     return AttentionStatistics(height, width, offsets, pairs, entropy, counted)
 
@@ -129,29 +132,38 @@ def _parts(tokens: int, queries: int | None, seed: int) -> Sequence[torch.Tensor
     return shuffled[: size * GROUPS].view(GROUPS, size).unbind()
 
 
-def _add_by_offset(sums, weights, share, picked, height, width) -> None:
-    """Add weights [maps, n, H·W] · share [maps, n] of the picked queries onto their offsets.
+def add_by_offset(
+    sums: torch.Tensor,
+    weights: torch.Tensor,
+    share: torch.Tensor,
+    queries: Sequence[int],
+    height: int,
+    width: int,
+) -> None:
+    """Add weights [maps, n, H·W] · share [maps, n] of n queries to sums [maps, 2H−1, 2W−1].
 
-    Seen from a query at (y, x), the map is a window of the offsets; a thousand small additions of
-    such windows cost less than the scatter over every pair.
+    Each key is added at its offset from the query.
     """
-    weights = weights.unflatten(-1, (height, width))
-    share = share[..., None, None]
-    for index, query in enumerate(picked):
-        y, x = height - 1 - query // width, width - 1 - query % width
-        sums[:, y : y + height, x : x + width].addcmul_(weights[:, index], share[:, index])
+    # A small addition per query costs less than a scatter over every pair of query and key.
+    weights = rearrange(weights, "maps n (h w) -> n maps h w", h=height)
+    share = rearrange(share, "maps n -> n maps 1 1")
+    for index, (rows, columns) in enumerate(_windows(queries, height, width)):
+        sums[:, rows, columns].addcmul_(weights[index], share[index])
 
 
-def _uniform_pairs(part: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Offsets [2H−1, 2W−1] of uniform attention, mean over the queries in `part`."""
-    tokens = height * width
-    if len(part) == tokens:
-        return uniform_offsets(height, width)
-    pairs = torch.zeros(2 * height - 1, 2 * width - 1, dtype=torch.float64)
-    for query in part.tolist():
+def pairs_by_offset(queries: Sequence[int], height: int, width: int) -> torch.Tensor:
+    """How many of these queries have a key at each offset [2H−1, 2W−1], in float64."""
+    count = torch.zeros(2 * height - 1, 2 * width - 1, dtype=torch.float64)
+    for window in _windows(queries, height, width):
+        count[window] += 1
+    return count
+
+
+def _windows(queries: Sequence[int], height: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Where the H × W map, seen from each query, lies among the offsets [2H−1, 2W−1]."""
+    for query in queries:
         y, x = height - 1 - query // width, width - 1 - query % width
-        pairs[y : y + height, x : x + width] += 1
-    return pairs / (len(part) * tokens)
+        yield slice(y, y + height), slice(x, x + width)
 
 
 def uniform_offsets(height: int, width: int) -> torch.Tensor:
@@ -168,10 +180,14 @@ def uniform_offsets(height: int, width: int) -> torch.Tensor:
 def attention_of(
     q: torch.Tensor, k: torch.Tensor, queries: Sequence[int], *, scale: float | None = None
 ) -> torch.Tensor:
-    """q, k [B, heads, N, d], indices of queries → their attention [B, heads, len(queries), N]."""
+    """q, k [..., N, d], indices of n queries → their attention [..., n, N]."""
+    return attention_rows(q[..., list(queries), :], k, scale=scale)
+
+
+def attention_rows(q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+    """q [..., n, d], k [..., N, d] → softmax(q·kᵀ·scale) [..., n, N] in float32."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rows = q[:, :, list(queries)].float() * scale
-    return (rows @ k.float().transpose(-1, -2)).softmax(dim=-1)
+    return (q.float() * scale @ k.float().mT).softmax(dim=-1)
 
 
 def windowed_attention(

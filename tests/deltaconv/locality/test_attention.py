@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from comfyui_deltaconv.deltaconv.distillation.offsets import OffsetMeans, Projections
 from comfyui_deltaconv.deltaconv.locality import attention, profile
 from comfyui_deltaconv.deltaconv.locality.attention import (
     attention_of,
@@ -252,3 +253,20 @@ def test_rings_hold_every_offset_once():
     assert float(profile.ring_mass(offsets).sum()) == pytest.approx(float(offsets.sum()))
     distances, ring = ring_distances(9, 13)
     assert (distances.diff() > 0).all() and len(ring) == 9 * 13
+
+
+def test_initialization_sees_the_same_mass_by_offset():
+    height, width, heads = 5, 7, 2
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(12, 8, generator=generator) for _ in range(2))
+    x = torch.randn(height, width, 8, generator=generator)
+    means = OffsetMeans(heads, height, width)
+    means.add(x, Projections(query, key, key, heads), torch.arange(height * width))
+    q, k = (
+        (x.flatten(0, 1) @ weight.T).unflatten(-1, (heads, -1)).transpose(0, 1)[None]
+        for weight in (query, key)
+    )
+    found = measure_attention(q, k, height, width)
+    queries = height * width
+    assert torch.allclose(means.mass.double() / queries, found.offsets[0], atol=1e-6)
+    assert torch.allclose(means.pairs.double() / queries**2, found.pairs[0])
