@@ -7,7 +7,6 @@ path is the diffusers name of the transformer block that holds the ΔConvBlock a
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 # Every UNet family here has two residual blocks per level.
 NUM_RES_BLOCKS = (2, 2, 2, 2)
@@ -89,12 +88,6 @@ class Family:
     # Kernel by resolution level on the way down, in the middle and on the way up; 0: no attention.
     kernels: Mapping[str, tuple[int, ...]] | None = None
     published_base: str = ""
-
-    @cached_property
-    def published_paths(self) -> dict[str, str]:
-        """Site path → published path."""
-        counts = self.num_res_blocks
-        return {site: to_published(site, counts) for site in self.dims}
 
     def published_kernel(self, site: str) -> int | None:
         """Kernel size the authors ship for this site; None where they ship no blocks."""

@@ -12,6 +12,7 @@ from comfyui_deltaconv.deltaconv.families import (
 )
 from comfyui_deltaconv.deltaconv.weights.compatibility import check_fit, select_sites
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+from published import published_paths
 
 COUNTS = {"sd1": 16, "sd2": 16, "sdxl": 70, "sdxl-refiner": 44, "pixart": 28}
 
@@ -100,7 +101,7 @@ def test_unet_sites_are_those_of_the_real_class(comfy, family):
     assert list(found.dims) == list(FAMILIES[family].dims)
     diffusers = comfy.utils.unet_to_diffusers(config)
     names = {ours: theirs for theirs, ours in diffusers.items()}
-    for site, published in FAMILIES[family].published_paths.items():
+    for site, published in published_paths(family).items():
         assert names[f"{site}.to_q.weight"] == f"{published}.attn1.to_q.weight"
         assert from_published(published, config["num_res_blocks"]) == site
         assert found.sites[site].level == resolution_level(site, config["num_res_blocks"])
@@ -116,7 +117,7 @@ def test_pixart_sites_are_those_of_the_real_class(comfy, class_name):
     found = find(pixart_model(class_name))
     assert found.family == "pixart"
     assert found.dims == dict(FAMILIES["pixart"].dims)
-    for site, published in FAMILIES["pixart"].published_paths.items():
+    for site, published in published_paths("pixart").items():
         assert published == f"transformer_blocks.{site.split('.')[1]}"
         assert from_published(published) == site
     assert found.map_size("blocks.0.attn", 64, 96) == (32, 48)
@@ -170,7 +171,7 @@ def test_models_without_a_layout_are_refused_in_one_sentence(comfy):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_paths_map_there_and_back(family):
-    for site, published in FAMILIES[family].published_paths.items():
+    for site, published in published_paths(family).items():
         assert to_published(site) == published
         assert from_published(published) == site
     assert families_of(FAMILIES[family].dims)[0].dims == FAMILIES[family].dims

@@ -20,6 +20,7 @@ from comfyui_deltaconv.deltaconv.weights import file as weight_file
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from published import published_paths
 from safetensors.torch import load_file, save_file
 
 KERNEL = 3
@@ -32,7 +33,7 @@ def block_state(dim, kernel=KERNEL, scales=2, seed=0):
 
 def published(family, prefix="", sites=2, seed=0):
     """A file as the authors publish it, for the first few sites of a family."""
-    paths = list(FAMILIES[family].published_paths.items())[:sites]
+    paths = list(published_paths(family).items())[:sites]
     dims = FAMILIES[family].dims
     return {
         f"{prefix}{path}.conv1.{name}": tensor
@@ -93,7 +94,7 @@ def test_published_files_are_read_under_any_prefix(tmp_path, family, prefix):
     assert family in weights.families
     assert weights.gate == FAMILIES[family].gate
     assert all(scales == (1.0, 0.5) for scales in weights.scales.values())
-    site, path = next(iter(FAMILIES[family].published_paths.items()))
+    site, path = next(iter(published_paths(family).items()))
     expected = tensors[f"{prefix}{path}.conv1.conv_out.weight"]
     assert torch.equal(weights.state(site)["conv_out.weight"], expected)
 
@@ -106,7 +107,7 @@ def test_the_ema_set_is_preferred_and_other_weights_are_ignored(tmp_path):
         "base:conv_out.weight": torch.ones(3),
     }
     weights = read_weights(save(tmp_path / "p.safetensors", {**plain, **ema, **other}))
-    site, path = next(iter(FAMILIES["sd1"].published_paths.items()))
+    site, path = next(iter(published_paths("sd1").items()))
     expected = ema[f"base_ema:{path}.conv1.conv_up.weight"]
     assert torch.equal(weights.state(site)["conv_up.weight"], expected)
     assert len(weights.sites) == 2

@@ -16,6 +16,7 @@ from comfyui_deltaconv.deltaconv import demo
 from comfyui_deltaconv.deltaconv.families import FAMILIES
 from comfyui_deltaconv.deltaconv.geometry import BlockGeometry
 from comfyui_deltaconv.deltaconv.weights.header import LARGEST_HEADER, LONGEST_KEY, MOST_TENSORS
+from published import published_paths
 
 MEBI = 1 << 20
 # What a header of the largest size costs beside twice the file: 42 MiB measured at most, where one
@@ -217,7 +218,7 @@ def full_checkpoint(folder):
     sdxl = FAMILIES["sdxl"]
     geometries = {
         f"model.unet.{path}.conv1": BlockGeometry(sdxl.dims[site], sdxl.published_kernel(site), 2)
-        for site, path in sdxl.published_paths.items()
+        for site, path in published_paths("sdxl").items()
     }
     header, end = blocks(geometries, geometry=geometries.get)
     for number in range(2_500):

@@ -9,6 +9,7 @@ import torch
 from comfyui_deltaconv.deltaconv import WeightsError, read_weights
 from comfyui_deltaconv.deltaconv.families import FAMILIES
 from comfyui_deltaconv.deltaconv.geometry import BlockGeometry
+from published import published_paths
 
 SITES = {"sd1": 16, "sdxl": 70, "pixart": 28}
 PREFIXES = [
@@ -53,7 +54,7 @@ def published(family, prefix="", **variant):
     known = FAMILIES[family]
     return {
         f"{prefix}{path}.conv1.{name}": shape
-        for site, path in known.published_paths.items()
+        for site, path in published_paths(family).items()
         for name, shape in block_shapes(
             known.dims[site], known.published_kernel(site), **variant
         ).items()
@@ -63,7 +64,7 @@ def published(family, prefix="", **variant):
 def frozen(family, prefix=""):
     """Key → shape of what else stands in the file where the trainer saved the whole model."""
     other = ("norm1.weight", "attn2.to_q.weight", "attn2.to_out.0.bias", "ff.net.0.proj.weight")
-    paths = FAMILIES[family].published_paths.values()
+    paths = published_paths(family).values()
     shapes = {f"{prefix}{path}.{name}": (8, 8) for path in paths for name in other}
     resnets = ("conv1.weight", "conv1.bias", "conv2.weight", "time_emb_proj.weight")
     for level, name in itertools.product(range(3), resnets):
@@ -98,7 +99,7 @@ def check(weights, family, shapes, prefix):
     assert weights.base_model == known.published_base
     assert weights.gate == known.gate
     numbers = {key: number for number, key in enumerate(shapes)}
-    for site, path in known.published_paths.items():
+    for site, path in published_paths(family).items():
         geometry = weights.sites[site]
         expected = (known.dims[site], known.published_kernel(site), 2)
         assert (geometry.dim, geometry.kernel_size, geometry.num_scales) == expected

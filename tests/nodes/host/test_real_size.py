@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_deltaconv.deltaconv import DeltaConvBlock, read_weights
 from comfyui_deltaconv.deltaconv.families import FAMILIES
+from published import published_paths
 from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("comfy")]
@@ -78,7 +79,7 @@ def published_file(family, path):
     torch.manual_seed(1)
     known = FAMILIES[family]
     tensors = {}
-    for site, published in known.published_paths.items():
+    for site, published in published_paths(family).items():
         block = DeltaConvBlock(known.dims[site], known.published_kernel(site), gate=known.gate)
         for name, tensor in block.half().state_dict().items():
             tensors[f"base_ema:denoiser.{published}.conv1.{name}"] = tensor
