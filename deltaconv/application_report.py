@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..kernels.backend import LARGEST_KERNEL
-from . import demo
-from .families import FAMILIES, family_title
+from .families import family_title, native_latent
 from .fastest import Choice
 from .flops import attention_flops, block_flops
 from .weights.model import DeltaConvWeights
 
-_DEFAULT_LATENT = 64
 _UNDECIDED = (
     "attention stays where it is faster: each layer is timed at the first step, and the log says "
     "what was chosen; connect a latent to know it here"
@@ -201,12 +199,6 @@ def _origin(facts: ApplicationFacts) -> str:
     families = " or ".join(map(family_title, weights.families)) or "no known family"
     source = f", from {weights.source}" if weights.source else ""
     return f"weights made for {base} ({families}){source}"
-
-
-def native_latent(family: str) -> int:
-    if family == demo.FAMILY:
-        return demo.NATIVE_SIZE
-    return FAMILIES[family].native_latent if family in FAMILIES else _DEFAULT_LATENT
 
 
 def _short(count: float) -> str:

@@ -8,6 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+# Also the demo's, which has no published layout.
+_DEFAULT_LATENT = 64
+
 # Every UNet family here has two residual blocks per level.
 NUM_RES_BLOCKS = (2, 2, 2, 2)
 
@@ -191,3 +194,8 @@ def families_of(dims: Mapping[str, int]) -> tuple[Family, ...]:
 def family_title(name: str) -> str:
     """What a person calls the family: its title, or the name itself where none is known."""
     return FAMILIES[name].title if name in FAMILIES else name or "an unnamed family"
+
+
+def native_latent(name: str) -> int:
+    """Latent height and width that models of this family draw at; the demo's for any other name."""
+    return FAMILIES[name].native_latent if name in FAMILIES else _DEFAULT_LATENT

@@ -208,12 +208,11 @@ def chosen_data(config: Mapping, teacher):
     from ..deltaconv import demo
     from ..deltaconv.distillation import Dataset
     from ..deltaconv.distillation.own_samples import own_samples
-    from ..deltaconv.families import FAMILIES
+    from ..deltaconv.families import native_latent
     from ..nodes.host.conditioning import encode_prompts
 
-    family = FAMILIES.get(teacher.family)
     pixels = 8 if teacher.vae is not None else 1
-    size = config.get("size", pixels * (family.native_latent if family else 64))
+    size = config.get("size", pixels * native_latent(teacher.family))
 
     if size < pixels:
         raise DevelopmentError(f"Expected a size of {pixels} pixels or more, got {size}.")

@@ -6,7 +6,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..deltaconv.families import FAMILIES
+from ..deltaconv.families import native_latent
 from ..deltaconv.pictures.metrics import compare, side_by_side
 from ..deltaconv.weights.compatibility import check_fit
 from .sockets import CATEGORY, DeltaConv
@@ -147,8 +147,7 @@ def _texts(prompts: str, conditions: int) -> list[str]:
 
 
 def _shape(teacher, latent) -> tuple[int, int, int]:
-    family = FAMILIES.get(teacher.family)
-    side = family.native_latent if family else 64
+    side = native_latent(teacher.family)
     # Core's empty latents have four channels, whatever the model has.
     size = latent["samples"].shape[-2:] if latent is not None else (side, side)
     return (teacher.patcher.model.latent_format.latent_channels, *size)

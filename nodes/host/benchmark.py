@@ -11,7 +11,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...deltaconv import DeltaConvWeights
-from ...deltaconv.application_report import native_latent
 from ...deltaconv.benchmark import (
     CONTENDERS,
     WAYS,
@@ -21,6 +20,7 @@ from ...deltaconv.benchmark import (
     latent_size,
     measure,
 )
+from ...deltaconv.families import native_latent
 from ...deltaconv.memory import is_out_of_memory
 from ...deltaconv.weights.compatibility import check_fit
 from ...kernels.accuracy import Case

@@ -21,7 +21,7 @@ from ...deltaconv.distillation import (
 from ...deltaconv.distillation.checkpoint import saved_seed, saved_steps
 from ...deltaconv.distillation.own_samples import own_samples
 from ...deltaconv.distillation.report import DistillationReport
-from ...deltaconv.families import FAMILIES
+from ...deltaconv.families import FAMILIES, native_latent
 from ...deltaconv.weights.compatibility import check_fit
 from ..distill import KERNELS, LOSSES
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
@@ -69,7 +69,6 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
                 conditions,
                 empty,
                 one,
-                family,
                 former_seed=saved_seed(folder),
                 progress=preview.drawn,
                 reused=lambda count: report.own_samples(one["samples"], count),
@@ -169,8 +168,8 @@ def _conditions(teacher, positive, one) -> tuple[list, object | None]:
     return conditions, empty[0] if empty else None
 
 
-def _own_samples(teacher, settings, conditions, empty, one, family, **heard) -> Dataset:
-    side = one["sample_size"] or (family.native_latent if family else 64)
+def _own_samples(teacher, settings, conditions, empty, one, **heard) -> Dataset:
+    side = one["sample_size"] or native_latent(teacher.family)
     channels = teacher.patcher.model.latent_format.latent_channels
     layers, unconditional = settings.layers, empty or conditions[0]
     return own_samples(

@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...deltaconv.application_report import native_latent
+from ...deltaconv.families import native_latent
 from ...deltaconv.locality.grid import GridMaps
 from ...deltaconv.locality.report import LocalityReport, Sensitivity, SiteLocality, measure_site
 from ...deltaconv.locality.settings import LocalityPlan

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import DeltaConvBlock, WeightsError, read_weights
+from comfyui_deltaconv.deltaconv import DeltaConvBlock, WeightsError, demo, read_weights
 from comfyui_deltaconv.deltaconv.families import (
     FAMILIES,
     families_of,
     from_published,
+    native_latent,
     resolution_level,
     to_published,
 )
@@ -205,6 +206,12 @@ def test_other_paths_have_no_published_name(path):
 )
 def test_other_published_paths_have_no_site(path):
     assert from_published(path) is None
+
+
+def test_native_sizes():
+    assert native_latent("sdxl") == 128
+    assert native_latent(demo.FAMILY) == demo.NATIVE_SIZE
+    assert native_latent("") == native_latent("a family of a user's own") == 64
 
 
 def test_published_kernels_are_those_of_the_paper():
