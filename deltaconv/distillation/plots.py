@@ -1,16 +1,17 @@
-"""Pictures of a distillation: the loss curve (with matplotlib), and teacher beside student."""
+"""Pictures of a distillation: teacher beside student, loss curve, held-out errors by time or level.
 
-import importlib.util
-import io
+Curves need matplotlib.
+"""
+
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 
-from ..pictures.figure import new_figure
+from ..pictures.figure import PlotsUnavailable, new_figure, rendered
+from ..pictures.sheet import sheet, stacked
 from .evaluation import Evaluation
 
 _TILE = 160
-_MARGIN = 8
 
 
 def progress_picture(
@@ -22,42 +23,40 @@ def progress_picture(
 
     Without matplotlib a line in place of the curve says so.
     """
-    curve = loss_curve(losses)
-    width = max(len(pairs) * (2 * _TILE + _MARGIN) + _MARGIN, curve.width if curve else 0)
-    top = 24
-    height = top + _TILE + 2 * _MARGIN + (curve.height if curve else top)
-    sheet = Image.new("RGB", (width, height), "white")
-    text = ImageDraw.Draw(sheet)
-    text.text((_MARGIN, 6), f"{caption}   (teacher | student)", "black")
-    if importlib.util.find_spec("matplotlib") is None:
-        text.text((_MARGIN, height - top), "The loss curve needs: pip install matplotlib", "black")
-    for column, pair in enumerate(pairs):
-        left = _MARGIN + column * (2 * _TILE + _MARGIN)
-        for side, picture in enumerate(pair):
-            tile = picture.resize((_TILE, _TILE), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + side * _TILE, top))
-    if curve:
-        sheet.paste(curve, (0, top + _TILE + _MARGIN))
-    return sheet
-
-
-def loss_curve(losses: Sequence[tuple[str, float]]) -> Image.Image | None:
-    """Losses (stage, value) by step on a log axis, one line per stage; None without matplotlib."""
+    row = [_shrunk(picture) for pair in pairs for picture in pair]
+    parts = [sheet([row], columns=("teacher", "student") * len(pairs), tile=_TILE)]
+    footer = ""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+        if figure := loss_curve(losses):
+            parts.append(rendered(figure))
+    except PlotsUnavailable:
+        footer = "The loss curve needs: pip install matplotlib"
+    return stacked(parts, caption, footer, size=14)
+
+
+def _shrunk(picture: Image.Image) -> Image.Image:
+    """The picture, within a square of _TILE pixels where it is larger."""
+    if max(picture.size) <= _TILE:
+        return picture
+    return ImageOps.contain(picture, (_TILE, _TILE))
+
+
+def loss_curve(losses: Sequence[tuple[str, float]]):
+    """Losses (stage, value) by step → figure, one line per stage; None for fewer than two."""
     finite = [(step, stage, loss) for step, (stage, loss) in enumerate(losses) if 0 < loss < 1e30]
+    figure = new_figure(6.6, 2.4)
     if len(finite) < 2:
         return None
-    figure = Figure(figsize=(6.6, 2.4), dpi=100, layout="constrained")
+    # After the figure, which says in one sentence where matplotlib is missing.
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     for stage in dict.fromkeys(stage for _, stage, _ in finite):
         points = [(step, loss) for step, name, loss in finite if name == stage]
         axes.plot(*zip(*points, strict=True), label=stage, linewidth=1)
     axes.legend(frameon=False)
-    return _rendered(figure)
+    return figure
 
 
 def error_curve(points: Sequence[tuple[str, float, float]]) -> Image.Image | None:
@@ -66,10 +65,9 @@ def error_curve(points: Sequence[tuple[str, float, float]]) -> Image.Image | Non
     None without matplotlib.
     """
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        figure = new_figure(6.6, 2.8)
+    except PlotsUnavailable:
         return None
-    figure = Figure(figsize=(6.6, 2.8), dpi=100, layout="constrained")
     axes = figure.add_subplot(
         yscale="log", xlabel="seconds", ylabel="mse of the predicted\nnoise, held out"
     )
@@ -78,7 +76,7 @@ def error_curve(points: Sequence[tuple[str, float, float]]) -> Image.Image | Non
     for name, second, error in zip(names, seconds, errors, strict=True):
         axes.annotate(f"{name}\n{error:.4f}", (second, error), (4, 6), textcoords="offset points")
     axes.margins(x=0.15, y=0.3)
-    return _rendered(figure)
+    return rendered(figure)
 
 
 def level_plot(evaluation: Evaluation):
@@ -99,9 +97,3 @@ def level_plot(evaluation: Evaluation):
     axes.plot(sigmas, relative, color="tab:blue", marker="o", label="predicted noise, all blocks")
     axes.legend(frameon=False)
     return figure
-
-
-def _rendered(figure) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")

@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .convert import to_tensor
+from .sheet import font
 
 # Okabe and Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
@@ -30,12 +33,10 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def to_image(figure) -> torch.Tensor:
-    """A figure → picture [1, H, W, 3] in 0…1."""
+def rendered(figure) -> Image.Image:
+    """A figure of `new_figure` → RGB."""
     figure.canvas.draw()
-    pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
-    width, height = figure.canvas.get_width_height()
-    return pixels.view(1, height, width, 4)[..., :3].float() / 255
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def picture(draw: Callable[[], object], *excused: type[Exception]) -> torch.Tensor:
@@ -44,7 +45,7 @@ def picture(draw: Callable[[], object], *excused: type[Exception]) -> torch.Tens
     Reasons are a missing matplotlib and errors of the `excused` types.
     """
     try:
-        return to_image(draw())
+        return to_tensor(rendered(draw()))
     except (PlotsUnavailable, *excused) as error:
         return _sentence(str(error))
 
@@ -53,6 +54,5 @@ def _sentence(text: str) -> torch.Tensor:
     """Text on white as a picture [1, H, W, 3], without matplotlib."""
     lines = textwrap.wrap(text, 70)
     image = Image.new("RGB", (760, 40 + 26 * len(lines)), "white")
-    font = ImageFont.load_default(18)
-    ImageDraw.Draw(image).multiline_text((20, 20), "\n".join(lines), "black", font, spacing=8)
-    return torch.from_numpy(np.array(image, dtype=np.float32) / 255)[None]
+    ImageDraw.Draw(image).multiline_text((20, 20), "\n".join(lines), "black", font(18), spacing=8)
+    return to_tensor(image)

@@ -1,21 +1,19 @@
-"""Two sets of pictures side by side: how far apart they are, and one picture that shows it."""
+"""PSNR and SSIM of pairs of pictures, and the pairs side by side."""
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
-_MIN_TILE = 256
-_MARGIN = 16
+from .convert import to_pil, to_tensor
+from .sheet import sheet
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """PSNR in dB and SSIM of every pair, and what could not be computed, in words.
+    """PSNR in dB and SSIM of every pair.
 
-    Identical pictures have a PSNR of inf; `ssim` is None where the library is missing.
+    Identical pictures have a PSNR of inf; `ssim` is None without kornia.
     """
 
     psnr: list[float]
@@ -30,7 +28,7 @@ class Comparison:
         return None if self.ssim is None else sum(self.ssim) / len(self.ssim)
 
     def caption(self, index: int) -> str:
-        """The figures of one pair, short enough to stand under it."""
+        """The figures of one pair on one line."""
         ssim = "" if self.ssim is None else f"   SSIM {self.ssim[index]:.3f}"
         return f"PSNR {_decibels(self.psnr[index])}{ssim}"
 
@@ -52,14 +50,18 @@ def compare(a: torch.Tensor, b: torch.Tensor) -> Comparison:
     sizes that differ.
     """
     a, b = _pairs(a, b)
-    mse = (a - b).square().mean(dim=(1, 2, 3)).tolist()
-    psnr = [math.inf if error == 0 else -10 * math.log10(error) for error in mse]
     try:
         from kornia.metrics import ssim
     except ImportError:
-        return Comparison(psnr, None)
+        return Comparison(psnr(a, b), None)
     similarity = ssim(a.movedim(-1, 1), b.movedim(-1, 1), window_size=11)
-    return Comparison(psnr, similarity.mean(dim=(1, 2, 3)).tolist())
+    return Comparison(psnr(a, b), similarity.mean(dim=(1, 2, 3)).tolist())
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Two batches [B, …] of values in 0…1 → PSNR of every pair in dB, inf where they are equal."""
+    errors = (a - b).square().flatten(1).mean(1).tolist()
+    return [-10 * math.log10(error) if error else math.inf for error in errors]
 
 
 def side_by_side(
@@ -69,32 +71,13 @@ def side_by_side(
 
     Small pictures are enlarged by a whole factor, so that every pixel stays what it was.
     """
-    a, b = _pairs(a, b)
-    factor = max(1, math.ceil(_MIN_TILE / a.shape[2]))
-    height, width = a.shape[1] * factor, a.shape[2] * factor
-    size = max(14, width // 18)
-    font, line = _font(size), round(size * 1.6)
-    row = height + line + _MARGIN
-    sheet = Image.new("RGB", (2 * width + 3 * _MARGIN, line + _MARGIN + row * len(a)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate((label_a, label_b)):
-        draw.text((_MARGIN + column * (width + _MARGIN), _MARGIN // 2), label, "black", font)
-    for index, pair in enumerate(zip(a, b, strict=True)):
-        top = line + _MARGIN + index * row
-        for column, picture in enumerate(pair):
-            tile = to_pil(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (_MARGIN + column * (width + _MARGIN), top))
-        draw.text((_MARGIN, top + height + size // 4), captions[index], "black", font)
-    return torch.from_numpy(np.array(sheet, dtype=np.float32) / 255)[None]
-
-
-def to_pil(picture: torch.Tensor) -> Image.Image:
-    """picture [H, W, 3] in 0…1 → RGB."""
-    values = picture.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(values.numpy(), "RGB")
+    rows = [tuple(map(to_pil, pair)) for pair in zip(*_pairs(a, b), strict=True)]
+    below = [("", caption) for caption in captions]
+    return to_tensor(sheet(rows, columns=(label_a, label_b), captions=below))
 
 
 def _pairs(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both batches in float32 on the CPU, without alpha, equally many; else ValueError."""
     same = a.shape[1:3] == b.shape[1:3]
     if not same or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
         raise ValueError(
@@ -102,7 +85,8 @@ def _pairs(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
             f"batch), got {_describe(a)} and {_describe(b)}. Sample both from the same latent."
         )
     count = max(a.shape[0], b.shape[0])
-    return tuple(x[..., :3].detach().cpu().float().expand(count, -1, -1, -1) for x in (a, b))
+    a, b = (x[..., :3].detach().cpu().float().expand(count, -1, -1, -1) for x in (a, b))
+    return a, b
 
 
 def _describe(x: torch.Tensor) -> str:
@@ -111,13 +95,3 @@ def _describe(x: torch.Tensor) -> str:
 
 def _decibels(value: float) -> str:
     return "inf (identical)" if math.isinf(value) else f"{value:.1f} dB"
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """A system font with Greek where there is one, else the one that Pillow brings."""
-    for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "LiberationSans-Regular.ttf"):
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
