@@ -1,19 +1,22 @@
-"""LPIPS and CLIP score of pictures, where the libraries and weights for them are installed.
+"""LPIPS and CLIP score of pictures, from libraries and weights that are installed.
 
-Nothing here downloads anything: what is missing comes back as a sentence that says how to get it.
+Nothing is downloaded: a missing library or file raises MetricMissing, which says how to get it.
 Sources: LPIPS arXiv 1801.03924, CLIP score arXiv 2104.08718.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+Backbone = Literal["alex", "squeeze"]
+
 # The backbone whose LPIPS the literature reports, and a CLIP that comes as safetensors.
-LPIPS_BACKBONE = "alex"
+LPIPS_BACKBONE: Backbone = "alex"
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 # Where torchvision keeps each backbone that LPIPS can use, and what builds it.
-_BACKBONES = {
+_BACKBONES: dict[Backbone, tuple[str, str]] = {
     "alex": ("alexnet", "AlexNet_Weights"),
     "squeeze": ("squeezenet1_1", "SqueezeNet1_1_Weights"),
 }
@@ -22,15 +25,15 @@ _CLIP_FILES = ("*.json", "*.txt", "model.safetensors")
 
 
 class MetricMissing(Exception):
-    """A library or weights that are not installed; the message says how to get them."""
+    """A library or a file of weights is not installed; the message says how to get it."""
 
 
 def perceptual_report(
     teacher: torch.Tensor, student: torch.Tensor, prompts: Sequence[str] | None
 ) -> str:
-    """Pictures [B, H, W, 3] in 0…1, a prompt each or none → LPIPS and CLIP score in words.
+    """Pictures [B, H, W, 3] in 0…1, a prompt each or none → a line of text per metric.
 
-    A metric that cannot be taken is one sentence that says why, and what to do.
+    A metric that cannot be computed becomes one sentence: the reason, and what to do.
     """
     lines = []
     try:
@@ -50,7 +53,7 @@ def perceptual_report(
 
 
 @torch.no_grad()
-def lpips(a: torch.Tensor, b: torch.Tensor, backbone: str = LPIPS_BACKBONE) -> list[float]:
+def lpips(a: torch.Tensor, b: torch.Tensor, backbone: Backbone = LPIPS_BACKBONE) -> list[float]:
     """Pictures [B, H, W, 3] in 0…1 → LPIPS of every pair. Raises MetricMissing."""
     try:
         import torchvision.models
@@ -73,7 +76,7 @@ def lpips(a: torch.Tensor, b: torch.Tensor, backbone: str = LPIPS_BACKBONE) -> l
         values = learned_perceptual_image_patch_similarity(
             *pair, net_type=backbone, normalize=True, reduction="none"
         )
-    # Whatever a damaged file makes of unpickling: a figure beside others must not cost them.
+    # A corrupt checkpoint must not discard the other metrics.
     except Exception as error:
         raise MetricMissing(f"LPIPS cannot use {file}: {error!s:.200}") from error
     return values.reshape(-1).tolist()
@@ -107,7 +110,7 @@ def clip_scores(
             return_tensors="pt",
             padding=True,
             truncation=True,
-            max_length=clip.config.text_config.max_position_embeddings,
+            max_length=clip.text_model.config.max_position_embeddings,
         )
         found = clip(**inputs)
         cosine = torch.cosine_similarity(found.image_embeds, found.text_embeds)
