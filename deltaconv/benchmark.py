@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ LARGEST_SIDE = 16384
 MOST_SIZES = 16
 
 Size = tuple[int, int]
+Taken = TypeVar("Taken")
 
 
 class Contender(NamedTuple):
@@ -43,8 +44,8 @@ class SizeTimes:
 
     def ratio(self, part: str) -> float | None:
         """How many times as fast ΔConv is; None where one of the two has no time."""
-        both = [self.times.get(Contender(part, way)) for way in WAYS]
-        return both[0]["median"] / both[1]["median"] if all(both) else None
+        attention, blocks = (self.times.get(Contender(part, way)) for way in WAYS)
+        return attention["median"] / blocks["median"] if attention and blocks else None
 
     def winner(self) -> str | None:
         """The way whose whole step is faster beyond the spread; "" for neither, None: unknown."""
@@ -115,7 +116,7 @@ def measure(
     total = len(calls) * (1 + repeats)
     done = 0
 
-    def attempt(name: Contender, take: Callable[[], object]):
+    def attempt(name: Contender, take: Callable[[], Taken]) -> Taken | None:
         try:
             return take()
         except (RuntimeError, MemoryError) as error:

@@ -1,8 +1,9 @@
 """The ΔConvBlock: a pyramid of gated depthwise convolutions and a pooled constant."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,11 +49,12 @@ def lend_plain(
     None means: call the modules. A host whose Linears cast or move their weights supplies its own
     `lend` beside them, which gives the tensors in `like`'s dtype, on its device.
     """
-    plain = all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
-    if not plain or any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+    plain = [each for each in linears if type(each) is nn.Linear and each.bias is not None]
+    hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
+    if hooked or len(plain) < len(linears):
         yield None
         return
-    yield tuple(tensor for linear in linears for tensor in (linear.weight, linear.bias))
+    yield tuple(tensor for linear in plain for tensor in (linear.weight, linear.bias))
 
 
 class DeltaConvBlock(nn.Module):
@@ -136,7 +138,7 @@ class DeltaConvBlock(nn.Module):
         kernels, biases = self.depthwise_like(u)
         with self._lend((self.conv_out, self.conv_pool), u) as linear:
             if linear is not None:
-                return pyramid_projection(x, u, kernels, self.scales, self.gate, *linear, biases)
+                return pyramid_projection(x, u, kernels, self.scales, self.gate, *linear, biases=biases)
         pyramid = gated_pyramid(u, kernels, self.scales, self.gate, biases)
         context = self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
         return self.conv_out(pyramid) + context
@@ -144,10 +146,11 @@ class DeltaConvBlock(nn.Module):
     def depthwise_like(self, u: torch.Tensor) -> tuple[list[torch.Tensor], Biases]:
         """Every scale's kernel [k, k, h], and bias [h] or None, in the dtype and place of u."""
         # Bare parameters follow the activations, as the host's own modules cast theirs.
-        kernels = [gate.conv_spatial.weight.to(u) for gate in self.gates]
+        gates = cast(Iterable[Gate], self.gates)
+        kernels = [gate.conv_spatial.weight.to(u) for gate in gates]
         if not self.biased:
             return kernels, ()
-        biases = [gate.conv_spatial.bias for gate in self.gates]
+        biases = [gate.conv_spatial.bias for gate in gates]
         return kernels, [None if bias is None else bias.to(u) for bias in biases]
 
     def extra_repr(self) -> str:

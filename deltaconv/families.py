@@ -96,7 +96,7 @@ class Family:
         """Kernel size the authors ship for this site; None where they ship no blocks."""
         if not self.kernels:
             return None
-        by_level = self.kernels[re.match("[a-z]+", site)[0]]
+        by_level = self.kernels[re.split("[._]", site)[0]]
         level = resolution_level(site, self.num_res_blocks)
         return by_level[level if len(by_level) > 1 else 0]
 

@@ -122,7 +122,8 @@ def measure(
         for _ in range(_REPEATS - 1):
             for way, series in zip(ways, times, strict=True):
                 series.append(_seconds(device, way))
-    return Choice(*map(statistics.median, times)), spent()
+    blocks, attentions = map(statistics.median, times)
+    return Choice(blocks, attentions), spent()
 
 
 def _seconds(device: torch.device, call: Callable[[], object]) -> float:

@@ -48,9 +48,9 @@ def decompose(
 
     tokens = height * width
     seen = pairs > 0
-    mass, pairs, distances = (t[seen].double().numpy() for t in (mass, pairs, distances))
+    measured, uniform, distance = (t[seen].double().numpy() for t in (mass, pairs, distances))
     # In multiples of uniform attention, which keeps all numbers near 1.
-    relative, weight, squared = mass / pairs, pairs / pairs.sum(), distances**2
+    relative, weight, squared = measured / uniform, uniform / uniform.sum(), distance**2
     mean = float(weight @ relative)
     variance = float(weight @ (relative - mean) ** 2)
     if variance < 1e-12 or len(relative) < 3:
@@ -78,7 +78,7 @@ def decompose(
     log_c = minimize_scalar(lambda x: float(solve(x)[2][0]), bounds=bounds, method="bounded").x
     a, b, error = (float(value[0]) for value in solve(log_c))
     c = float(numpy.exp(log_c))
-    local = float(pairs @ (a / (squared + c)))
+    local = float(uniform @ (a / (squared + c)))
     return Decomposition(a / tokens, b / tokens, c, local, b, 1 - error / variance)
 
 

@@ -36,7 +36,7 @@ class GridMaps:
 
         The image has POINTS × POINTS tiles, the tile of a query point where the point is.
         """
-        entries = []
+        entries: list[dict[str, object]] = []
         for (height, width), (total, count) in sorted(self.sums.items(), reverse=True):
             weight = (total / count).clamp(LOW, HIGH)
             shade = weight.div(LOW).log() / math.log(HIGH / LOW)

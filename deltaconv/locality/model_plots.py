@@ -7,7 +7,7 @@ import torch
 from ..families import family_title
 from ..flops import attention_flops
 from ..pictures.figure import BLUE, GREY, ORANGE, new_figure
-from .recipe import Recipe, cost_curve, recipe_computation
+from .recipe import Recipe, cost_curve, recipe_computation, sensitivities
 from .report import LocalityReport, SiteLocality, site_label
 from .text import KINDS, verdict
 
@@ -150,7 +150,8 @@ def plot_cost(report: LocalityReport, recipe: Recipe):
     error = [100 * point.error for point in curve]
     axis.plot(computation, error, "o-", color=BLUE, markersize=5, label="least sensitive first")
     _name_steps(axis, curve, computation, error)
-    chosen = sum(report.sites[path].sensitivity.error for path in recipe.replaced)
+    errors = sensitivities(report)
+    chosen = sum(errors[path] for path in recipe.replaced)
     axis.plot(
         100 * recipe_computation(report, recipe),
         100 * chosen,

@@ -137,6 +137,21 @@ class CostPoint:
     error: float
 
 
+def sensitivities(report: LocalityReport) -> dict[str, float]:
+    """Site path → error of replacing it alone; ValueError where one was not measured."""
+    errors = {
+        path: error
+        for path, site in report.sites.items()
+        if (error := site.sensitivity.error) is not None
+    }
+    if missing := len(report.sites) - len(errors):
+        raise ValueError(
+            f"Expected the sensitivity of every layer, got none for {missing} of "
+            f"{len(report.sites)}. Measure again with sensitivity switched on."
+        )
+    return errors
+
+
 def cost_curve(report: LocalityReport) -> list[CostPoint]:
     """Sites replaced one by one, the least sensitive first: computation against error.
 
@@ -144,16 +159,11 @@ def cost_curve(report: LocalityReport) -> list[CostPoint]:
     Errors were measured one site at a time and are added up, as if sites did not interact.
     Raises ValueError where sensitivity was not measured.
     """
-    errors = {path: site.sensitivity.error for path, site in report.sites.items()}
-    if missing := [path for path, error in errors.items() if error is None]:
-        raise ValueError(
-            f"Expected the sensitivity of every layer, got none for {len(missing)} of "
-            f"{len(errors)}. Measure again with sensitivity switched on."
-        )
+    errors = sensitivities(report)
     stock = {path: _attention(site) for path, site in report.sites.items()}
     total = running = sum(stock.values())
     points = [CostPoint((), 1.0, 0.0)]
-    for path in sorted(errors, key=errors.get):
+    for path in sorted(errors, key=lambda path: errors[path]):
         site = report.sites[path]
         running += _block(site, Step(True, site.kernel(report.share))) - stock[path]
         replaced = (*points[-1].replaced, path)
@@ -176,8 +186,7 @@ def budget_recipe(report: LocalityReport, computation: float) -> Recipe:
         for path, site in report.sites.items()
     }
     notes = {
-        path: f"alone it costs {100 * site.sensitivity.error:.2g}%"
-        for path, site in report.sites.items()
+        path: f"alone it costs {100 * error:.2g}%" for path, error in sensitivities(report).items()
     }
     about = (
         f"budget: {reached.computation:.3g} of the self-attention's computation, summed error "

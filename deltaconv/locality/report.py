@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TypedDict
 
 import torch
 
@@ -21,13 +22,21 @@ KERNELS = range(3, 18, 2)
 EVEN = 0.7
 
 
+class StandardErrors(TypedDict):
+    """Standard errors of the means over heads of a measurement; `mass` by window."""
+
+    mass: list[float]
+    distance: float
+    entropy: float
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One site at one sigma; the lists run over heads, `mass` over heads and windows 1, 3, 5 …
 
     `distance` in cells, `entropy` and `content` in nats, `profile` is the weight on a key over
-    uniform attention's, per ring of `ring_distances`, mean over heads. `error` holds the standard
-    errors of mass, distance and entropy (means over heads) where queries were sampled, else None.
+    uniform attention's, per ring of `ring_distances`, mean over heads. `error` is None where every
+    query was counted.
     """
 
     sigma: float
@@ -37,7 +46,7 @@ class Measurement:
     content: list[float]
     fits: list[Decomposition]
     profile: list[float]
-    error: dict[str, list[float] | float] | None = None
+    error: StandardErrors | None = None
 
 
 @dataclass(frozen=True)
@@ -264,15 +273,14 @@ def site_label(path: str) -> str:
     return match[1] + number + (f"/{match[3]}" if match[3] != "0" else "")
 
 
-def _errors(first: AttentionStatistics, offsets, entropy) -> dict[str, list[float] | float] | None:
+def _errors(first: AttentionStatistics, offsets, entropy) -> StandardErrors | None:
     """offsets [G, 2H−1, 2W−1] and entropy [G], means over heads → standard errors."""
-    if first.exact:
+    mass = first.standard_error(window_mass(offsets))
+    distance = first.standard_error(mean_distance(offsets))
+    nats = first.standard_error(entropy)
+    if mass is None or distance is None or nats is None:
         return None
-    return {
-        "mass": first.standard_error(window_mass(offsets)).tolist(),
-        "distance": float(first.standard_error(mean_distance(offsets))),
-        "entropy": float(first.standard_error(entropy)),
-    }
+    return {"mass": mass.tolist(), "distance": float(distance), "entropy": float(nats)}
 
 
 def _site(entry: Mapping) -> SiteLocality:
@@ -280,9 +288,10 @@ def _site(entry: Mapping) -> SiteLocality:
         Measurement(**m | {"fits": [Decomposition(**fit) for fit in m["fits"]]})
         for m in entry["measurements"]
     ]
-    names = ("path", "level", "dim", "height", "width")
     return SiteLocality(
-        *(entry[name] for name in names), measurements, Sensitivity(**entry["sensitivity"])
+        **{name: entry[name] for name in ("path", "level", "dim", "height", "width")},
+        measurements=measurements,
+        sensitivity=Sensitivity(**entry["sensitivity"]),
     )
 
 

@@ -40,8 +40,8 @@ class LocalityPlan:
 def parse_percents(text: str) -> tuple[float, ...]:
     """ "0.2, 0.5" → fractions of sampling in rising order; ValueError for anything else."""
     words = re.split(r"[\s,;]+", text.strip())
-    values = [_fraction(word) for word in words]
-    if None in values:
+    values = _fractions(words)
+    if len(values) < len(words):
         raise ValueError(
             f"Expected percents as fractions of sampling from 0 to 1 such as 0.2, 0.5, 0.8, got "
             f"{text[:80]!r}. 0 is the noisiest step, 1 the last."
@@ -56,13 +56,14 @@ def parse_points(text: str) -> tuple[tuple[float, float], ...]:
     """
     points = []
     for entry in filter(str.strip, re.split(r"[;\n]", text)):
-        values = [_fraction(word) for word in re.split(r"[\s,]+", entry.strip())]
-        if len(values) != 2 or None in values:
+        words = re.split(r"[\s,]+", entry.strip())
+        values = _fractions(words)
+        if not len(words) == len(values) == 2:
             raise ValueError(
                 "Expected query points as x, y with 0 to 1 from the top left, such as 0.5, 0.25, "
                 f"one a line, got {entry.strip()[:80]!r}."
             )
-        points.append(tuple(values))
+        points.append((values[0], values[1]))
     return tuple(dict.fromkeys(points))
 
 
@@ -72,8 +73,7 @@ def query_index(point: tuple[float, float], height: int, width: int) -> int:
     return min(int(y * height), height - 1) * width + min(int(x * width), width - 1)
 
 
-def _fraction(word: str) -> float | None:
-    if not re.fullmatch(r"[0-9]{0,3}\.?[0-9]{0,9}", word) or not re.search(r"[0-9]", word):
-        return None
-    value = float(word)
-    return value if 0 <= value <= 1 else None
+def _fractions(words: list[str]) -> list[float]:
+    """The words that are plain decimals from 0 to 1."""
+    decimals = (word for word in words if re.fullmatch(r"(?=.*[0-9])[0-9]{0,3}\.?[0-9]{0,9}", word))
+    return [value for value in map(float, decimals) if 0 <= value <= 1]

@@ -12,6 +12,9 @@ from .decomposition import decompose
 from .profile import ring_distances, ring_mass
 from .report import LocalityReport, SiteLocality, site_label
 
+# Of attention drawn over the picture.
+_OPACITY = 0.8
+
 
 def plot_profiles(report: LocalityReport):
     """Weight on a key against its distance, log axes, with the fitted curve, a panel per layer."""
@@ -106,12 +109,14 @@ def plot_points(report: LocalityReport, index: int):
     """Attention of the query points at one sigma: the picture, then each size of map over it."""
     by_size: dict[tuple[int, int], list[torch.Tensor]] = {}
     for maps in report.maps.values():
-        by_size.setdefault(tuple(maps.shape[-2:]), []).append(maps[index].float().mean(dim=1))
+        height, width = maps.shape[-2:]
+        by_size.setdefault((height, width), []).append(maps[index].float().mean(dim=1))
     sizes = sorted(by_size, reverse=True)
     seen = report.pictures[index] if index < len(report.pictures) else torch.ones(8, 8, 3)
     rows, columns = len(report.points), 1 + len(sizes)
     figure = new_figure(3.0 * columns + 0.9, 2.95 * rows + 0.9)
     # After the figure, which says in one sentence where matplotlib is missing.
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
 
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -126,12 +131,12 @@ def plot_points(report: LocalityReport, index: int):
             axis = axes[row, column]
             weight = torch.stack(by_size[size]).mean(dim=0)[row] * size[0] * size[1]
             axis.imshow(0.55 + 0.45 * grey.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
-            shown = axis.imshow(
+            axis.imshow(
                 weight.clamp(0.3, 30).numpy(),
                 norm=norm,
                 cmap="viridis",
                 extent=extent,
-                alpha=0.8,
+                alpha=_OPACITY,
                 interpolation="nearest",
             )
             _scale_bar(axis, size, aspect, right=x < 0.5 and y > 0.75)
@@ -145,7 +150,9 @@ def plot_points(report: LocalityReport, index: int):
             axis.set_xticks([])
             axis.set_yticks([])
     axes[0, 0].set_title("the picture at that step", fontsize=10)
-    bar = figure.colorbar(shown, ax=axes[:, 1:], fraction=0.03, pad=0.01, extend="both")
+    scale = ScalarMappable(norm, "viridis")
+    place = {"fraction": 0.03, "pad": 0.01}
+    bar = figure.colorbar(scale, ax=axes[:, 1:], extend="both", alpha=_OPACITY, **place)
     bar.set_ticks([0.3, 1, 3, 10, 30], labels=["0.3×", "1×", "3×", "10×", "30×"])
     bar.set_label("attention on a key, times uniform's")
     figure.suptitle(

@@ -87,10 +87,9 @@ def _table(report: LocalityReport) -> list[str]:
 
 def _row(site: SiteLocality, share: float) -> tuple[str, ...]:
     index = min(4, len(site.widths) - 1)
-    field, error = site.field(share), site.measurements[0].error
+    field, sampled = site.field(share), [m.error for m in site.measurements if m.error]
     plus = {name: "" for name in ("mass", "distance", "entropy")}
-    if error:
-        sampled = [m.error for m in site.measurements]
+    if sampled:
         plus["mass"] = f" ±{100 * _of_mean([e['mass'][index] for e in sampled]):.1f}"
         plus["distance"] = f" ±{_of_mean([e['distance'] for e in sampled]):.2f}"
         plus["entropy"] = f" ±{_of_mean([e['entropy'] for e in sampled]):.2f}"

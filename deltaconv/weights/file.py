@@ -20,6 +20,7 @@ import uuid
 from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors.torch import save
@@ -38,6 +39,16 @@ _LONGEST_RECORD = 1 << 20
 _LONGEST_NAME = 300
 # Three times what a block of eight scales has.
 _MOST_TENSORS_OF_A_BLOCK = 64
+
+
+class _Description(TypedDict):
+    """What a file says of its blocks beside their tensors: fields of DeltaConvWeights."""
+
+    gate: str
+    scales: dict[str, tuple[float, ...]]
+    family: str
+    base_model: str
+    training: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,7 @@ def _published_base(sites: Mapping[str, BlockGeometry], name: str) -> str:
 
 def _describe(
     metadata: Mapping[str, str], sites: Mapping[str, BlockGeometry], name: str
-) -> dict[str, object]:
+) -> _Description:
     """Gate, scales, family and record: as the metadata say, else as the family usually has them."""
 
     def refuse(expected: str, got: object) -> WeightsError:

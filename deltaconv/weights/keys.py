@@ -43,8 +43,8 @@ def published_keys(keys: Iterable[str], source: str) -> tuple[Blocks, str]:
         return {}, ""
     prefix, note = _chosen_set(sets, source)
     blocks = sets[prefix]
-    sites = {path: from_published(path) for path in blocks}
-    if unknown := sorted(path for path, site in sites.items() if site is None):
+    sites = {path: site for path in blocks if (site := from_published(path))}
+    if unknown := sorted(blocks.keys() - sites.keys()):
         raise _unknown_path(unknown[0], source)
     return {sites[path]: block for path, block in blocks.items()}, note
 

@@ -99,12 +99,16 @@ def require_finite(site: str, tensors: Iterable[tuple[str, torch.Tensor]], sourc
 
 
 def weights_of_blocks(
-    blocks: Mapping[str, DeltaConvBlock], **description: object
+    blocks: Mapping[str, DeltaConvBlock],
+    *,
+    family: str = "",
+    base_model: str = "",
+    training: Mapping[str, object] | None = None,
+    source: str = "",
 ) -> DeltaConvWeights:
     """Weights that share the tensors of `blocks` (site path → block), as distillation makes them.
 
-    `description` takes family, base_model, training and source. Raises WeightsError for no blocks
-    or blocks with several gates.
+    Raises WeightsError for no blocks or blocks with several gates.
     """
     gates = {block.gate for block in blocks.values()}
     if len(gates) != 1:
@@ -117,5 +121,8 @@ def weights_of_blocks(
         scales={site: block.scales for site, block in blocks.items()},
         gate=gates.pop(),
         tensors={site: block.state_dict() for site, block in blocks.items()},
-        **description,
+        family=family,
+        base_model=base_model,
+        training=training or {},
+        source=source,
     )
