@@ -138,7 +138,9 @@ class DeltaConvBlock(nn.Module):
         kernels, biases = self.depthwise_like(u)
         with self._lend((self.conv_out, self.conv_pool), u) as linear:
             if linear is not None:
-                return pyramid_projection(x, u, kernels, self.scales, self.gate, *linear, biases=biases)
+                return pyramid_projection(
+                    x, u, kernels, self.scales, self.gate, *linear, biases=biases
+                )
         pyramid = gated_pyramid(u, kernels, self.scales, self.gate, biases)
         context = self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
         return self.conv_out(pyramid) + context

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from safetensors import safe_open
 
 FAMILY = "emoji-demo"
@@ -99,8 +100,7 @@ def pictures() -> tuple[torch.Tensor, list[str]]:
     import numpy as np
     from PIL import Image
 
-    sheet = np.array(Image.open(PICTURES_PATH).convert("RGB"))
-    rows, columns = (length // NATIVE_SIZE for length in sheet.shape[:2])
-    tiles = torch.from_numpy(sheet).view(rows, NATIVE_SIZE, columns, NATIVE_SIZE, 3)
-    tiles = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).float()
-    return tiles / 127.5 - 1, CAPTIONS_PATH.read_text(encoding="utf-8").splitlines()
+    sheet = torch.from_numpy(np.array(Image.open(PICTURES_PATH).convert("RGB")))
+    pattern = "(rows h) (columns w) c -> (rows columns) c h w"
+    tiles = rearrange(sheet, pattern, h=NATIVE_SIZE, w=NATIVE_SIZE)
+    return tiles.float() / 127.5 - 1, CAPTIONS_PATH.read_text(encoding="utf-8").splitlines()

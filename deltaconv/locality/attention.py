@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 
 # How many parts a sample of queries is split into; their spread gives the standard error.
 GROUPS = 16
@@ -83,8 +83,9 @@ def measure_attention(
         )
     parts = _parts(tokens, queries, seed)
     maps = batch * heads
-    q = q.float().mul(head_dim**-0.5 if scale is None else scale).reshape(maps, tokens, head_dim)
-    keys = k.float().reshape(maps, tokens, head_dim).transpose(1, 2)
+    q = q.float().mul(head_dim**-0.5 if scale is None else scale)
+    q = rearrange(q, "b heads n d -> (b heads) n d")
+    keys = rearrange(k.float(), "b heads n d -> (b heads) d n")
     chunk = min(tokens, max(1, chunk_bytes // (4 * maps * tokens)))
     buffers = (q.new_empty(maps * chunk * tokens), q.new_empty(maps * chunk * tokens))
 
@@ -104,11 +105,11 @@ def measure_attention(
             total = weights.sum(dim=-1)
             # −Σ p log p with p = weights / total and log p = scores − log total.
             nats = total.log() - scores.mul_(weights).sum(dim=-1) / total
-            entropy[group] += nats.view(batch, heads, -1).sum(dim=(0, 2)).double().cpu()
+            entropy[group] += reduce(nats, "(b heads) n -> heads", "sum", b=batch).double().cpu()
             add_by_offset(sums, weights, total.reciprocal(), picked.tolist(), height, width)
         counted = len(part)
-        mean = sums.view(batch, heads, *size).cpu().double().mean(dim=0)
-        offsets[group] = mean / counted
+        sums = sums.cpu().double()
+        offsets[group] = reduce(sums, "(b heads) y x -> heads y x", "mean", b=batch) / counted
         entropy[group] /= batch * counted
         if counted == tokens:
             pairs[group] = uniform_offsets(height, width)
@@ -209,7 +210,7 @@ def windowed_attention(
     radius = window // 2
     columns = torch.arange(width, device=q.device)
     near = (columns[:, None] - columns).abs() <= radius
-    q, k, v = (tensor.unflatten(2, (height, width)) for tensor in (q, k, v))
+    q, k, v = (rearrange(t, "b heads (h w) d -> b heads h w d", h=height) for t in (q, k, v))
     rows = []
     for y in range(height):
         between_rows()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from PIL import Image
 
 # Query points per side, and the most cells per side that one of their maps is shown with.
@@ -25,7 +26,8 @@ class GridMaps:
 
     def add(self, attention: torch.Tensor, height: int, width: int) -> None:
         """Add one layer: attention [heads, POINTS², H·W], each row summing to 1."""
-        maps = attention.float().mean(dim=0).unflatten(-1, (height, width)) * (height * width)
+        maps = reduce(attention.float(), "heads n (h w) -> n h w", "mean", h=height)
+        maps = maps * (height * width)
         size = min(height, CELLS), min(width, CELLS)
         maps = F.adaptive_avg_pool2d(maps[None], size)[0].cpu()
         before, count = self.sums.get((height, width), (0, 0))
@@ -41,9 +43,8 @@ class GridMaps:
             weight = (total / count).clamp(LOW, HIGH)
             shade = weight.div(LOW).log() / math.log(HIGH / LOW)
             rows, columns = weight.shape[-2:]
-            tiles = shade.view(POINTS, POINTS, rows, columns).permute(0, 2, 1, 3)
-            levels = tiles.reshape(POINTS * rows, POINTS * columns).mul(255).round().byte()
-            image = Image.fromarray(levels.numpy(), "L").convert("P")
+            tiled = rearrange(shade, "(y x) rows columns -> (y rows) (x columns)", y=POINTS)
+            image = Image.fromarray(tiled.mul(255).round().byte().numpy()).convert("P")
             image.putpalette(_palette())
             entries.append(
                 {

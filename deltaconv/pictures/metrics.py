@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import reduce
 
 from .convert import to_pil, to_tensor
 from .sheet import sheet
@@ -60,7 +61,7 @@ def compare(a: torch.Tensor, b: torch.Tensor) -> Comparison:
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> list[float]:
     """Two batches [B, …] of values in 0…1 → PSNR of every pair in dB, inf where they are equal."""
-    errors = (a - b).square().flatten(1).mean(1).tolist()
+    errors = reduce((a - b).square(), "b ... -> b", "mean").tolist()
     return [-10 * math.log10(error) if error else math.inf for error in errors]
 
 
