@@ -1,4 +1,4 @@
-"""The ΔConv core: block, weights, families, costs. It knows torch and nothing of the host."""
+"""The ΔConv core: block, weights, families, costs. It imports torch and nothing of ComfyUI."""
 
 from .block import DeltaConvBlock
 from .weights.file import read_weights, write_weights

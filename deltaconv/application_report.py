@@ -1,4 +1,4 @@
-"""What an application of ΔConv weights did to a model, in words."""
+"""Text report of ΔConv weights applied to a model: layers, parameters, computation, warnings."""
 
 import math
 from collections import Counter
@@ -19,10 +19,10 @@ _UNDECIDED = (
 
 @dataclass(frozen=True)
 class ApplicationFacts:
-    """Everything the report of one application is made of.
+    """Inputs of the report.
 
     `map_size` gives rows and columns of tokens at a site for a latent's height and width;
-    `latent_size` is None where nobody said at which size the model will run.
+    `latent_size` is None where the size that the model will run at is unknown.
     """
 
     weights: DeltaConvWeights
@@ -42,7 +42,7 @@ class ApplicationFacts:
 
 
 def application_report(facts: ApplicationFacts) -> str:
-    """The report, one fact a line; warnings last."""
+    """Facts → one line each, warnings last."""
     lines = [
         _count(facts),
         _parameters(facts),
@@ -67,7 +67,7 @@ def application_report(facts: ApplicationFacts) -> str:
 
 @dataclass(frozen=True)
 class Inert:
-    """What other nodes did to replaced layers without effect there, in numbers.
+    """Counts of other nodes' changes that have no effect on replaced layers.
 
     `weights` counts patches by what made them, `modules` exchanged parts of layers; `attention`
     and `covered` count layers whose attention, or the layer itself, another node takes over.
@@ -81,7 +81,7 @@ class Inert:
 
 
 def inert_sentences(inert: Inert) -> dict[str, str]:
-    """Kind → one sentence on it, for what there is."""
+    """Kind of change → one sentence, for nonzero counts."""
     inside = dict(inert.weights)
     if inert.modules:
         inside["object patches of another node"] = inert.modules
@@ -105,7 +105,7 @@ def inert_sentences(inert: Inert) -> dict[str, str]:
 
 
 def choices_report(chosen: Mapping[tuple[str, tuple[int, int, int]], Choice]) -> list[str]:
-    """One sentence per shape of the whole model: where attention stayed, being faster.
+    """One sentence per batch size: in which layers attention stayed because it is faster.
 
     `chosen` maps site path and shape [B, H, W] to the choice made there.
     """

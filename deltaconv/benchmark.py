@@ -1,4 +1,4 @@
-"""Times of whole model calls and of their self-attention layers, stock against ΔConv, by size."""
+"""Time model calls and their self-attention layers by picture size: attention against ΔConv."""
 
 import re
 import time
@@ -31,7 +31,7 @@ CONTENDERS = tuple(Contender(part, way) for part in PARTS for way in WAYS)
 
 @dataclass
 class SizeTimes:
-    """What was measured at one size in pixels: seconds, bytes beside the weights, and problems."""
+    """Measurements at one size in pixels: seconds, peak bytes beside the weights, and failures."""
 
     size: Size
     times: dict[Contender, dict[str, float]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class SizeTimes:
         return "{} × {}".format(*self.size)
 
     def ratio(self, part: str) -> float | None:
-        """How many times as fast ΔConv is; None where one of the two has no time."""
+        """Time of attention over that of ΔConv; None where one of the two has no time."""
         attention, blocks = (self.times.get(Contender(part, way)) for way in WAYS)
         return attention["median"] / blocks["median"] if attention and blocks else None
 
@@ -60,7 +60,7 @@ class SizeTimes:
 def parse_sizes(text: str) -> list[Size]:
     """ "512, 768x1024" → (width, height) in pixels, in that order and each once; "" → none.
 
-    Raises ValueError for what is no size, for a side beyond 16384, and for more than 16 sizes.
+    Raises ValueError for malformed sizes, a side above 16384, and more than 16 sizes.
     """
     sizes = []
     for entry in filter(None, map(str.strip, re.split(r"[,;\n]", text))):
@@ -107,9 +107,9 @@ def measure(
 ) -> SizeTimes:
     """Fill `result`: every call once to warm up, then `repeats` rounds in which all take turns.
 
-    No round begins once `seconds` have passed, except the first; a call that takes as long by
-    itself is not repeated. Running out of memory ends that call alone. `progress(done, total)`
-    comes behind every call and may raise to stop.
+    The first round always runs; no other starts after `seconds`, and a call that takes longer than
+    that by itself is not repeated. A call that runs out of memory is dropped, the others go on.
+    `progress(done, total)` is called after every call and may raise to stop.
     """
     samples: dict[Contender, list[float]] = {}
     waiting = list(calls)
@@ -123,7 +123,7 @@ def measure(
             if not is_out_of_memory(error):
                 raise
             result.problems[name] = "out of memory"
-        # Behind the except block, so that no traceback holds the failed call's tensors.
+        # After the except block: its traceback keeps the failed call's tensors alive.
         waiting.remove(name)
         samples.pop(name, None)
         if device.type != "cpu":
@@ -156,7 +156,7 @@ def measure(
 
 
 def table(results: Sequence[SizeTimes]) -> str:
-    """One line per size, what the columns mean, and at which sizes which way is faster."""
+    """Results → a text table, its legend, and the sizes at which each way is faster."""
     columns = ["size", *(f"{c.part}, {c.way}" for c in CONTENDERS)]
     columns.insert(3, "faster")
     columns.append("faster")
@@ -226,7 +226,7 @@ def plot(results: Sequence[SizeTimes], title: str):
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes = figure.add_subplot(xscale="log", yscale="log")
-    colours = dict(zip(WAYS, (ORANGE, BLUE), strict=True))
+    colors = dict(zip(WAYS, (ORANGE, BLUE), strict=True))
     names = {"step": "whole step, {}", "layers": "self-attention layers alone, {}"}
     by_area = sorted(results, key=lambda result: result.size[0] * result.size[1])
     for name in CONTENDERS:
@@ -247,7 +247,7 @@ def plot(results: Sequence[SizeTimes], title: str):
             spread,
             marker="o",
             capsize=3,
-            color=colours[name.way],
+            color=colors[name.way],
             linestyle="-" if name.part == "step" else "--",
             label=names[name.part].format(name.way),
         )

@@ -13,7 +13,7 @@ from .geometry import check_geometry, complete_state, default_scales, read_geome
 
 
 class DepthwiseKernel(nn.Module):
-    """A bare depthwise kernel [k, k, h], as it is published and used, and perhaps its bias [h]."""
+    """A depthwise kernel [k, k, h] in the published layout, with an optional bias [h]."""
 
     def __init__(
         self, kernel_size: int, channels: int, bias: bool = False, *, dtype=None, device=None
@@ -31,7 +31,7 @@ class DepthwiseKernel(nn.Module):
 
 
 class Gate(nn.Module):
-    """One scale of the pyramid; it exists to carry the published tensor name."""
+    """One scale of the pyramid; its own module only for the published tensor names."""
 
     def __init__(
         self, kernel_size: int, channels: int, bias: bool = False, *, dtype=None, device=None
@@ -44,10 +44,10 @@ class Gate(nn.Module):
 def lend_plain(
     linears: Sequence[nn.Module], like: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, ...] | None]:
-    """weight, bias, weight, bias … of torch's own Linears; None where a module is anything else.
+    """Yield weight, bias, weight, bias … of plain torch Linears, else None: call the modules.
 
-    None means: call the modules. A host whose Linears cast or move their weights supplies its own
-    `lend` beside them, which gives the tensors in `like`'s dtype, on its device.
+    A host whose Linears cast or move their weights supplies its own `lend` beside them, which
+    yields the tensors in `like`'s dtype, on its device.
     """
     plain = [each for each in linears if type(each) is nn.Linear and each.bias is not None]
     hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
@@ -63,8 +63,8 @@ class DeltaConvBlock(nn.Module):
     `dim` is C, a multiple of 4; `kernel_size` is odd; `scales` are fractions of H × W; `gate` is
     "scaled" (SD1.5, SDXL) or "sigmoid" (PixArt). `biased` are the scales, by index, whose depthwise
     convolution has a bias, as the authors' first release has it. `operations` supplies `Linear`:
-    torch.nn, or the host's own that casts its weights, and `lend` where a host can lend them to one
-    fused op; see `lend_plain`. Raises ValueError for geometry that cannot be.
+    torch.nn, or the host's that casts its weights, and optionally `lend`, which passes them to one
+    fused op; see `lend_plain`. Raises ValueError for impossible geometry.
 
     y = conv_out(pyramid(conv_up(x))) + conv_pool(mean of x over H, W); source: arXiv 2504.21292.
     """
@@ -114,7 +114,7 @@ class DeltaConvBlock(nn.Module):
         scales: Sequence[float] | None = None,
         operations: ModuleType | type = nn,
     ) -> "DeltaConvBlock":
-        """A block that holds copies of `state`'s tensors, in their dtype and on their device.
+        """A block with copies of `state`'s tensors, in their dtype and on their device.
 
         `state` has the published names in any of the published layouts; dim, kernel and number of
         scales are read off the tensors. `scales` default to 1, 1/2, 1/3, as many as there are.
@@ -128,7 +128,7 @@ class DeltaConvBlock(nn.Module):
             raise ValueError(f"Expected {geometry.num_scales} scales, one per gate, got {scales=}.")
         shape = (geometry.dim, geometry.kernel_size, scales, gate)
         block = cls(*shape, biased=geometry.biased, operations=operations, device="meta")
-        # Assigned, not copied into place: the host's modules may hold no weight before they load.
+        # `assign`, because the host's modules may have no weight to copy into before they load.
         block.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
         return block
 
@@ -146,8 +146,8 @@ class DeltaConvBlock(nn.Module):
         return self.conv_out(pyramid) + context
 
     def depthwise_like(self, u: torch.Tensor) -> tuple[list[torch.Tensor], Biases]:
-        """Every scale's kernel [k, k, h], and bias [h] or None, in the dtype and place of u."""
-        # Bare parameters follow the activations, as the host's own modules cast theirs.
+        """Every scale's kernel [k, k, h], and bias [h] or None, in u's dtype and on its device."""
+        # The host casts its modules' weights to the activations; plain parameters are cast here.
         gates = cast(Iterable[Gate], self.gates)
         kernels = [gate.conv_spatial.weight.to(u) for gate in gates]
         if not self.biased:

@@ -40,12 +40,12 @@ class TextEncoder:
         return (self.word_embedding[rows] + self.position_embedding)[None]
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words of the prompt that are read as nothing, each once."""
+        """Words of the prompt outside the vocabulary, each once."""
         words = words_of(prompt)[:MAX_WORDS]
         return list(dict.fromkeys(word for word in words if word not in self.vocabulary))
 
     def report(self, prompt: str) -> str:
-        """What of the prompt the model cannot read, in words a person can act on."""
+        """Prompt → text: unknown words, and words beyond the length limit."""
         words, unknown = words_of(prompt), self.unknown(prompt)
         if not words:
             return "Empty prompt: the model draws without guidance."

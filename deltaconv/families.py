@@ -1,4 +1,4 @@
-"""The model families: their self-attention sites, under ComfyUI's and the published names.
+"""Model families: their self-attention sites, under ComfyUI's and diffusers' names.
 
 A site path is ComfyUI's name of the attention module inside the diffusion model; its published
 path is the diffusers name of the transformer block that holds the ΔConvBlock as `conv1`.
@@ -33,8 +33,8 @@ def to_published(site: str, num_res_blocks: Sequence[int] = NUM_RES_BLOCKS) -> s
     side, number, block = match[1], match[2], match[3]
     if side is None:
         return f"mid_block.attentions.0.transformer_blocks.{block}"
-    # input_blocks.0 is the first convolution, and each level ends with a downsampler;
-    # output blocks run from the lowest resolution up, one more per level and no sampler apart.
+    # input_blocks.0 is the first convolution, and each level ends with a downsampler. Output blocks
+    # run from the lowest resolution up, one more per level; their upsamplers have no number.
     number = int(number) - (side == "input")
     counts = num_res_blocks if side == "input" else num_res_blocks[::-1]
     for level, count in enumerate(counts):
@@ -66,7 +66,7 @@ def from_published(path: str, num_res_blocks: Sequence[int] = NUM_RES_BLOCKS) ->
 
 
 def resolution_level(site: str, num_res_blocks: Sequence[int] = NUM_RES_BLOCKS) -> int:
-    """How often the map was halved before this site: 0 is the highest resolution."""
+    """Number of downsamplings before this site: 0 is the highest resolution."""
     published = to_published(site, num_res_blocks)
     match = published and _UNET_PUBLISHED.fullmatch(published)
     if not match:
@@ -79,7 +79,7 @@ def resolution_level(site: str, num_res_blocks: Sequence[int] = NUM_RES_BLOCKS) 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its sites in network order and what the published blocks for it use."""
+    """A model family: sites in network order, native size, and settings of the published blocks."""
 
     name: str
     title: str
@@ -183,7 +183,7 @@ FAMILIES = {
 
 
 def families_of(dims: Mapping[str, int]) -> tuple[Family, ...]:
-    """Families whose sites include all of these, with these dims; several where layouts agree."""
+    """Families that have all of these sites with these dims; several where layouts agree."""
     return tuple(
         family
         for family in FAMILIES.values()
@@ -192,7 +192,7 @@ def families_of(dims: Mapping[str, int]) -> tuple[Family, ...]:
 
 
 def family_title(name: str) -> str:
-    """What a person calls the family: its title, or the name itself where none is known."""
+    """Display name of a family; the name itself where it is unknown."""
     return FAMILIES[name].title if name in FAMILIES else name or "an unnamed family"
 
 

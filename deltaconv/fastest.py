@@ -1,4 +1,4 @@
-"""Block or attention: whichever is faster for a layer and shape on this device, measured once."""
+"""Choose block or attention per layer and shape by timing both once on the device."""
 
 import math
 import statistics
@@ -12,13 +12,13 @@ import torch
 from ..kernels.timing import synchronize
 from .memory import is_out_of_memory
 
-# Seconds of timing that a device is given in one process; the key that spends the last is finished.
+# Seconds of timing per device and process; a measurement that exceeds them is finished.
 BUDGET = 2.0
 # Calls shorter than this are repeated.
 _SHORT = 0.05
 _REPEATS = 5
-# Loading its kernels does not make a first call of attention this long. Where it is, and takes so
-# many times as long as the block, a second would not change the choice.
+# Loading kernels makes no first call of attention this slow. Where it also takes this many times as
+# long as the block, a second call cannot change the choice.
 _LONG = 0.2
 _CLEAR = 2
 
@@ -28,11 +28,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Choice:
-    """Seconds per call of both ways of one layer at one shape; infinite: it ran out of memory."""
+    """Seconds per call of block and attention for one layer and shape; inf: out of memory."""
 
     block: float
     attention: float
-    # Otherwise `block` is at most, `attention` at least what another size's times tell.
+    # Otherwise bounds from the times of another size: `block` from above, `attention` from below.
     measured: bool = True
 
     @property
@@ -42,7 +42,7 @@ class Choice:
 
 @dataclass
 class Choices:
-    """Choices made so far and the seconds they took; one instance serves the whole process."""
+    """Choices made so far, and the seconds spent on them; one instance per process."""
 
     made: dict[tuple[Hashable, Size], Choice] = field(default_factory=dict)
     spent: defaultdict[torch.device, float] = field(default_factory=lambda: defaultdict(float))
@@ -55,10 +55,10 @@ class Choices:
         block: Callable[[], object],
         attention: Callable[[], object],
     ) -> Choice:
-        """The choice for maps of this size in a layer; `layer` says all else that they cost by.
+        """The choice for maps of this size; `layer` identifies everything else the cost depends on.
 
-        Both are called a few times where it was not made before, unless the device's `BUDGET` is
-        spent: then the times of the layer's other maps decide.
+        Unless the choice is known, both are timed, or judged by the layer's other sizes once the
+        device's `BUDGET` is spent.
         """
         key = (layer, size)
         if key not in self.made:
@@ -72,10 +72,10 @@ class Choices:
         return self.made[key]
 
     def _judged(self, layer: Hashable, tokens: int) -> Choice:
-        """The block where a timed map of the same layer proves it, otherwise attention stays.
+        """The block if a timed size of the same layer proves it faster, else attention.
 
-        On a smaller map the block takes no longer, and attention at least the square of the ratio;
-        on a larger one attention grows faster than the block.
+        On a smaller map the block takes no longer, and attention at least its time there times the
+        square of the ratio of tokens; on a larger one attention grows faster than the block.
         """
         bounds = [
             Choice(
@@ -96,15 +96,15 @@ def measure(
     attention: Callable[[], object],
     budget: float = BUDGET,
 ) -> tuple[Choice, float]:
-    """The choice by interleaved medians, and the seconds that it took, compilation aside.
+    """The choice by interleaved medians, and the seconds spent on it without compilation.
 
-    Attention is called once only where that is as good as a proof, or where a second call would go
-    beyond `budget`. What runs out of memory has lost; if that is both, it is raised.
+    Attention is called only once where that decides, or where a second call would exceed `budget`.
+    What runs out of memory loses; if both do, the error is raised.
     """
     start = time.perf_counter()
     first = warm = _seconds(device, block)
     if first < math.inf:
-        # The first call may compile, for longer than all else here takes; drawing needs that too.
+        # Compiling in the first call is not counted: sampling needs it anyway.
         warm = _seconds(device, block)
         start += max(0.0, first - warm)
 
@@ -127,7 +127,7 @@ def measure(
 
 
 def _seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """`seconds`, infinite where the call runs out of memory."""
+    """`seconds`, or inf if the call runs out of memory."""
     try:
         return seconds(device, call)
     except (RuntimeError, MemoryError) as error:
@@ -137,7 +137,7 @@ def _seconds(device: torch.device, call: Callable[[], object]) -> float:
 
 
 def seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """Wall time of one call, the device's queue drained on both sides."""
+    """Wall time of one call, the device synchronized before and after."""
     synchronize(device)
     start = time.perf_counter()
     call()

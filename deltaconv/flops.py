@@ -1,4 +1,4 @@
-"""What a self-attention layer and its ΔConvBlock compute: floating-point operations, by formula.
+"""Floating-point operations of self-attention layers and of ΔConvBlocks, by formula.
 
 A multiplication and an addition count as two operations; softmax, gates, pooling and upsampling
 are left out on both sides, being linear in the map and small.
@@ -26,12 +26,12 @@ def paper_attention_operations(dim: int, tokens: int) -> int:
     """One self-attention layer as arXiv 2504.21292 counts it: 4nC² + 4n²C + 4nC.
 
     Recomputed from its table. The projections are in multiply-adds and the two products in single
-    operations, so it is held against nothing but that table.
+    operations: compare it with that table only.
     """
     return 4 * tokens * dim**2 + 4 * tokens**2 * dim + 4 * tokens * dim
 
 
-# What the paper's table has for the block at its largest size; no formula for it is known to us.
+# The paper's table for the block at its largest size; we know no formula that gives it.
 PAPER_BLOCK_OPERATIONS = 1_589.10e9
 
 
@@ -47,7 +47,7 @@ def block_flops(geometry: BlockGeometry, scales: Sequence[float], height: int, w
 
 
 def halved(size: int, times: int) -> int:
-    """Rows or columns of a UNet's map after that many downsamplers, each rounding up."""
+    """Rows or columns of a UNet's map after `times` downsamplers, each rounding up."""
     for _ in range(times):
         size = (size + 1) // 2
     return size

@@ -1,13 +1,13 @@
-"""Running out of memory, whoever says so."""
+"""Detect out-of-memory errors across backends."""
 
 import torch
 
-# CPUs (Linux, Windows), Apple's GPUs and ComfyUI have no type for it.
+# CPU allocators (Linux, Windows), Apple's GPUs and ComfyUI raise a plain RuntimeError.
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a call failed for want of memory: of the device, of ComfyUI or of the CPU."""
+    """Whether the error says that a device, the CPU or ComfyUI ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)

@@ -1,4 +1,4 @@
-"""How fast a model is with ΔConv weights, on the user's own device."""
+"""Benchmark a model with ΔConv weights on the user's device."""
 
 from comfy_api.latest import io, ui
 
@@ -80,7 +80,7 @@ class DeltaConvBenchmark(io.ComfyNode):
         repeats: int = 10,
         seconds: float = 15.0,
     ) -> io.NodeOutput:
-        # Imported here: plots and samplers are none of what starting ComfyUI should wait for.
+        # Imported here: plots and samplers would slow down the start of ComfyUI.
         from ..deltaconv.benchmark import parse_sizes, plot, table
         from ..deltaconv.pictures.figure import picture
         from .host.benchmark import benchmark

@@ -1,4 +1,4 @@
-"""Two batches of pictures side by side."""
+"""Compare two batches of pictures."""
 
 from comfy_api.latest import io
 

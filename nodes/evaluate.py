@@ -1,4 +1,4 @@
-"""How close ΔConv weights are to the model they stand in for."""
+"""Evaluate ΔConv weights against the model whose attention they replace."""
 
 import re
 
@@ -79,7 +79,7 @@ class DeltaConvEvaluate(io.ComfyNode):
         levels: int = 8,
         prompts: str = "",
     ) -> io.NodeOutput:
-        # Imported here: distillation is large, and importing the pack stays quick.
+        # Imported here: distillation would slow down the start of ComfyUI.
         from ..deltaconv.distillation.evaluation import evaluate
         from ..deltaconv.distillation.plots import level_plot
         from ..deltaconv.pictures.figure import picture
@@ -154,7 +154,7 @@ def _shape(teacher, latent) -> tuple[int, int, int]:
 
 
 def _decode(latents, vae):
-    """Two batches of pictures [B, H, W, 3] in 0…1; None where nothing can decode them."""
+    """Two batches of pictures [B, H, W, 3] in 0…1; None without a VAE for latents."""
     if vae is not None:
         return [vae.decode(latent) for latent in latents]
     if latents[0].shape[1] == 3:

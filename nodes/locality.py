@@ -1,4 +1,4 @@
-"""The locality of self-attention: measured, drawn, saved."""
+"""Measure the locality of self-attention, and save the report."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ class DeltaConvLocality(io.ComfyNode):
             "what it would cost to cut it to a window or to replace it. The model's output is not "
             "changed.",
             search_aliases=["attention map", "attention visualization", "receptive field"],
-            # So that its view is filled again where nothing has to run anew.
+            # An output node's view is filled again when its cached result is used.
             is_output_node=True,
             inputs=[
                 io.Model.Input("model"),
@@ -117,7 +117,7 @@ class DeltaConvLocality(io.ComfyNode):
         window: int = 0,
         queries: int = 0,
     ) -> io.NodeOutput:
-        # Imported here: plots and pages are none of what starting ComfyUI should wait for.
+        # Imported here: plots and pages would slow down the start of ComfyUI.
         from ..deltaconv.locality.model_plots import plot_model
         from ..deltaconv.locality.site_plots import plot_every_step, plot_profiles
         from ..deltaconv.locality.text import report_text
@@ -133,7 +133,7 @@ class DeltaConvLocality(io.ComfyNode):
             window or None,
             seed,
         )
-        # Here, because it brings ComfyUI's samplers and scipy with them.
+        # Imported here: it imports ComfyUI's samplers, and with them scipy.
         from .host.locality import measure_locality
 
         samples = None if latent is None else latent["samples"]

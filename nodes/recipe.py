@@ -1,4 +1,4 @@
-"""Recipes: which layers to replace, made from a report or written by hand."""
+"""Make a recipe of the layers to replace, from a report or from text."""
 
 from comfy_api.latest import io
 

@@ -47,7 +47,7 @@ def loss_curve(losses: Sequence[tuple[str, float]]):
     figure = new_figure(6.6, 2.4)
     if len(finite) < 2:
         return None
-    # After the figure, which says in one sentence where matplotlib is missing.
+    # After new_figure, which raises PlotsUnavailable without matplotlib.
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss")

@@ -1,1 +1,1 @@
-"""How local self-attention is: measured per layer, reported, drawn, turned into kernel sizes."""
+"""Locality of self-attention: statistics per layer, report, plots, recipes of kernel sizes."""

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, reduce
 
-# How many parts a sample of queries is split into; their spread gives the standard error.
+# Parts that sampled queries are split into; the spread between them gives the standard error.
 GROUPS = 16
 
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """What one attention layer did on one map of height × width cells.
+    """Statistics of one attention layer on one map of height × width cells.
 
     `offsets` [G, heads, 2H−1, 2W−1] is the mean mass that a query puts on the cell at that offset
-    from itself (float64; the middle is the query's own cell), `pairs` [G, 2H−1, 2W−1] the same of
-    uniform attention, and `entropy` [G, heads] is in nats. G is 1 where every query was counted,
-    else the number of groups that the sampled queries were split into.
+    from itself (float64; the middle is the query's own cell), `pairs` [G, 2H−1, 2W−1] is the same
+    for uniform attention, and `entropy` [G, heads] is in nats. G is 1 where every query was
+    counted, else the number of groups that the sampled queries were split into.
     """
 
     height: int
@@ -48,7 +48,7 @@ class AttentionStatistics:
 def memory_bound(
     batch: int, heads: int, head_dim: int, height: int, width: int, chunk_bytes: int = 2**24
 ) -> int:
-    """Most bytes that `measure_attention` holds beyond q and k while it counts every query."""
+    """Upper bound in bytes of what `measure_attention` of all queries allocates beside q and k."""
     maps, tokens = batch * heads, height * width
     chunk = max(chunk_bytes, 4 * maps * tokens)
     offsets = (2 * height - 1) * (2 * width - 1)
@@ -72,8 +72,8 @@ def measure_attention(
     """q, k [B, heads, H·W, d] → statistics of softmax(q·kᵀ·scale), in float32, mean over B.
 
     `scale` defaults to 1/√d. `queries` counts a random sample of that many instead of all.
-    `between_chunks` is called every `chunk_bytes` of attention, to stop or to show progress; what
-    it raises passes through. Memory: see `memory_bound`.
+    `between_chunks` is called every `chunk_bytes` of attention and may raise to stop. Memory: see
+    `memory_bound`.
     """
     batch, heads, tokens, head_dim = q.shape
     if tokens != height * width or k.shape != q.shape:
@@ -170,7 +170,7 @@ def _windows(queries: Sequence[int], height: int, width: int) -> Iterator[tuple[
 def uniform_offsets(height: int, width: int) -> torch.Tensor:
     """Offsets [2H−1, 2W−1] of uniform attention over all queries: H·W·(H−|dy|)·(W−|dx|) / (H·W)³.
 
-    A window near the edge is clipped there, which the two triangular factors count.
+    The two triangular factors count the cells that a window loses at the edge of the map.
     """
     rows = height - torch.arange(1 - height, height, dtype=torch.float64).abs()
     columns = width - torch.arange(1 - width, width, dtype=torch.float64).abs()
@@ -204,8 +204,8 @@ def windowed_attention(
 ) -> torch.Tensor:
     """q, k, v [B, heads, H·W, d] → attention [B, heads, H·W, d] over a window around each query.
 
-    Keys more than (window − 1) / 2 cells away in either direction get no weight; the others share
-    all of it. Works row by row, so the memory is that of `window` rows of keys.
+    Keys more than (window − 1) / 2 cells away in either direction are masked. Works row by row, so
+    the memory is that of `window` rows of keys.
     """
     radius = window // 2
     columns = torch.arange(width, device=q.device)

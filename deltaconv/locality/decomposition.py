@@ -1,13 +1,13 @@
-"""The published decomposition of attention: a part that falls off with distance, and a constant."""
+"""Fit of attention by distance, as published: a part that decays with distance, and a constant."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-# Below this share of mass above the constant part there is no field to speak of.
+# With less mass than this above the constant part, a layer has no receptive field.
 LEAST_LOCAL = 0.02
-# A field read off a curve that explains less of the profile than this would mean nothing.
+# Least share of the profile's variance that a curve must explain for its field to be used.
 LEAST_R2 = 0.25
 # Narrowest and widest radius √c, where the local part has halved, in cells and in sides of the
 # map: what has not halved within a quarter of the map is not local.
@@ -40,8 +40,8 @@ def decompose(
 ) -> Decomposition:
     """Mass per ring [R], uniform's [R], distance of each ring [R] → least-squares fit, a, b ≥ 0.
 
-    Least squares over all query–key pairs, so a ring counts by its pairs. For a given c the best a
-    and b are two linear equations; scipy searches c, started from the best of a coarse grid.
+    Least squares over all query–key pairs, so a ring is weighted by its pairs. For a given c, a and
+    b solve two linear equations; scipy searches c, from the best of a coarse grid.
     """
     import numpy
     from scipy.optimize import minimize_scalar
@@ -87,8 +87,8 @@ def receptive_field(
 ) -> int | None:
     """Width of the smallest odd window that holds `share` of the mass above the constant part.
 
-    `mass` and `uniform` are the masses within windows of 1, 3, 5 … cells. None where there is
-    hardly any such mass: the layer is a constant, and no window describes it.
+    `mass` and `uniform` are the masses within windows of 1, 3, 5 … cells. None if less than
+    LEAST_LOCAL is above the constant part.
     """
     above = 1 - constant_share
     if above < LEAST_LOCAL:

@@ -1,4 +1,4 @@
-"""Attention of a grid of query points, small enough for a web page that draws any of them."""
+"""Attention maps of a grid of query points, pooled and packed into atlases for the web page."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from PIL import Image
 
-# Query points per side, and the most cells per side that one of their maps is shown with.
+# Query points per side, and the most cells per side of one of their maps.
 POINTS = 16
 CELLS = 32
-# The weights over uniform that the darkest and the brightest colour stand for.
+# Weights over uniform of the darkest and the brightest color.
 LOW, HIGH = 0.3, 30.0
 
 
 @dataclass
 class GridMaps:
-    """Mean attention of POINTS² query points over all layers of each map size, times uniform's.
+    """Mean attention of POINTS² query points over all layers of each map size, over uniform's.
 
     `sums` holds, per (height, width) of the map, [POINTS², h, w] and the number of layers in it.
     """
@@ -67,7 +67,7 @@ def grid_queries(height: int, width: int) -> list[int]:
 
 
 def _palette() -> list[int]:
-    """256 colours as r, g, b, …: viridis where matplotlib is installed, else grey."""
+    """256 colors as r, g, b, …: viridis, or gray without matplotlib."""
     try:
         from matplotlib import colormaps
     except ImportError:

@@ -1,4 +1,4 @@
-"""The locality report as one HTML page that needs nothing else: pictures inside, data inside."""
+"""The locality report as one HTML page with its pictures and data embedded."""
 
 import base64
 import html
@@ -21,13 +21,13 @@ pre { overflow-x: auto; background: #f5f5f5; padding: 1rem; font-size: 13px; lin
 
 
 def report_html(report: LocalityReport) -> str:
-    """The whole report as one page; without matplotlib it says so and has the tables alone."""
+    """The report as one page; without matplotlib a sentence says so in place of the pictures."""
     title = html.escape(f"Self-attention of {family_title(report.family)}")
     try:
         figures = "".join(_figure(*entry) for entry in _figures(report))
     except PlotsUnavailable as error:
         figures = f"<p>{html.escape(str(error))}</p>"
-    # "</" must not end the script element early.
+    # Escape "</", which would end the script element.
     data = report.to_json().replace("</", "<\\/")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>'

@@ -1,4 +1,4 @@
-"""The model on one page, and what its layers cost: pictures of a locality report."""
+"""Plots of a locality report over all layers: `plot_model` on one page, `plot_cost` of a recipe."""
 
 import math
 
@@ -6,12 +6,12 @@ import torch
 
 from ..families import family_title
 from ..flops import attention_flops
-from ..pictures.figure import BLUE, GREY, ORANGE, new_figure
+from ..pictures.figure import BLUE, GRAY, ORANGE, new_figure
 from .recipe import Recipe, cost_curve, recipe_computation, sensitivities
 from .report import LocalityReport, SiteLocality, site_label
 from .text import KINDS, verdict
 
-_KIND_MARKS = {"even": ("o", GREY), "local": ("s", BLUE), "content": ("D", ORANGE)}
+_KIND_MARKS = {"even": ("o", GRAY), "local": ("s", BLUE), "content": ("D", ORANGE)}
 _WINDOWS = (1, 3, 5, 9, 17, 33)
 
 
@@ -60,9 +60,9 @@ def _windows_panel(figure, axis, sites: list[SiteLocality], windows: list[int]) 
     axis.imshow(ratio.clamp_min(0.5).numpy(), norm=norm, cmap="cividis", aspect="auto")
     for row, column in torch.argwhere(~ratio.isnan()).tolist():
         value = float(ratio[row, column])
-        colour = "black" if norm(max(value, 0.5)) > 0.55 else "white"
+        color = "black" if norm(max(value, 0.5)) > 0.55 else "white"
         text = f"{value:.0f}×" if value >= 9.95 else f"{value:.1f}×"
-        axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axis.set_xticks(range(len(windows)), [f"{w}×{w}" for w in windows])
     axis.set_xlabel("window around the query, in latent cells")
     axis.set_title("attention inside the window,\ntimes what uniform attention has there", size=10)
@@ -71,11 +71,11 @@ def _windows_panel(figure, axis, sites: list[SiteLocality], windows: list[int]) 
 def _entropy_panel(axis, sites: list[SiteLocality]) -> None:
     seen = set()
     for row, site in enumerate(sites):
-        marker, colour = _KIND_MARKS[site.kind]
+        marker, color = _KIND_MARKS[site.kind]
         reached = 100 * math.exp(site.mean("entropy")) / site.tokens
-        axis.plot([0, reached], [row, row], color=colour, linewidth=1.5)
+        axis.plot([0, reached], [row, row], color=color, linewidth=1.5)
         name = None if site.kind in seen else KINDS[site.kind]
-        axis.plot(reached, row, marker, color=colour, markersize=7, label=name, linestyle="")
+        axis.plot(reached, row, marker, color=color, markersize=7, label=name, linestyle="")
         left = reached > 60
         axis.annotate(
             f"{site.mean('entropy'):.2f} of {math.log(site.tokens):.2f}",
@@ -88,7 +88,7 @@ def _entropy_panel(axis, sites: list[SiteLocality]) -> None:
         )
         seen.add(site.kind)
     axis.set_xlim(0, 108)
-    axis.axvline(100, color=GREY, linewidth=0.8, linestyle=":")
+    axis.axvline(100, color=GRAY, linewidth=0.8, linestyle=":")
     axis.set_xlabel("exp(entropy), % of all keys\nlabels: entropy of log N, in nats")
     axis.set_title("how many keys share the attention", size=10)
     _legend_below(axis)
@@ -99,14 +99,14 @@ def _sensitivity_panel(axis, sites: list[SiteLocality]) -> None:
         "window_error": ("o", BLUE, _window_label(sites)),
         "block_error": ("^", ORANGE, "replaced by its ΔConvBlock"),
     }
-    for name, (marker, colour, label) in styles.items():
+    for name, (marker, color, label) in styles.items():
         points = [
             (max(100 * sum(errors) / len(errors), 1e-6), row)
             for row, site in enumerate(sites)
             if (errors := getattr(site.sensitivity, name))
         ]
         if points:
-            axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=7, label=label)
+            axis.plot(*zip(*points, strict=True), marker, color=color, markersize=7, label=label)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     axis.grid(axis="x", which="major", linewidth=0.4)
@@ -116,14 +116,14 @@ def _sensitivity_panel(axis, sites: list[SiteLocality]) -> None:
 
 
 def _window_label(sites: list[SiteLocality]) -> str:
-    """What the attention was cut to, for the legend."""
+    """Legend of attention cut to a window."""
     windows = {s.sensitivity.window for s in sites if s.sensitivity.window}
     which = f"{min(windows)}×{min(windows)}" if len(windows) == 1 else "its kernel's window"
     return f"attention cut to {which}"
 
 
 def _legend_below(axis) -> None:
-    """A legend under the axis and its label, which constrained layout makes room for."""
+    """Put the legend below the axis and its label; constrained layout makes room for it."""
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=8, frameon=False)
 
 
@@ -175,13 +175,13 @@ def plot_cost(report: LocalityReport, recipe: Recipe):
         transform=axis.transAxes,
         ha="right",
         fontsize=7.5,
-        color=GREY,
+        color=GRAY,
     )
     return figure
 
 
 def _name_steps(axis, curve, computation: list[float], error: list[float]) -> None:
-    """Which layer each step added, below its point; steps too close to tell apart share a label."""
+    """Label each point with the layer it adds; points close to each other share a label."""
     names, highest = [], max(error) or 1.0
     for index, point in enumerate(curve[1:], start=1):
         names.append(site_label(point.replaced[-1]))

@@ -1,4 +1,4 @@
-"""What the mass per offset says: windows, distances, the radial profile, and what it leaves out.
+"""From mass by offset to windows, distances and radial profiles, and what the offset leaves out.
 
 Every function takes offsets [..., 2H−1, 2W−1] that sum to 1, measured or uniform, in float64.
 """
@@ -31,8 +31,8 @@ def mean_distance(offsets: torch.Tensor) -> torch.Tensor:
 def ring_distances(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Size of the offsets → distance of each ring [R], and the ring of each offset [rows·columns].
 
-    Every distance below 8 cells is a ring of its own; farther out a ring is one cell thick and its
-    distance is the root of the mean square over its offsets.
+    Each distance below 8 cells has its ring; farther out a ring is one cell thick, and its distance
+    is the root of the mean square over its offsets.
     """
     dy, dx = _cells(rows, columns)
     squared = (dy**2 + dx**2).flatten()
@@ -53,7 +53,7 @@ def content(offsets: torch.Tensor, pairs: torch.Tensor, entropy: torch.Tensor) -
     """offsets [..., 2H−1, 2W−1], uniform's, entropy [...] → nats [...] that offsets leave out.
 
     The mean Kullback–Leibler divergence of each query's attention from the attention that depends
-    on the offset alone: 0 where position says all, large where the picture's content decides.
+    on the offset alone: 0 if position determines it, large if the picture's content does.
     """
     tokens = (pairs.shape[-2] + 1) * (pairs.shape[-1] + 1) / 4
     per_key = offsets / (pairs * tokens).clamp_min(torch.finfo(torch.float64).tiny)

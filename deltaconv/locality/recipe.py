@@ -12,12 +12,12 @@ from .report import KERNELS, LocalityReport, SiteLocality
 
 PRESETS = ("measured", "published", "budget")
 _SCALES = (1.0, 0.5)
-# A layer that looks by picture is replaced only where that alone costs less than this.
+# Largest error at which a layer that looks by picture is replaced.
 TOLERATED_ERROR = 0.01
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be read; the message names the line and the reason."""
+    """A recipe cannot be read; the message names the line and the reason."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Site path → step, in network order; `notes` say per site why, `about` what it comes from."""
+    """Site path → step, in network order; `notes` give reasons by site, `about` the origin."""
 
     steps: Mapping[str, Step]
     about: str = ""
@@ -58,8 +58,8 @@ class Recipe:
 def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
     """Text of lines `path: keep` or `path: replace kernel=9 scales=1,1/2` → Recipe.
 
-    `#` starts a comment. Raises RecipeError with line and reason, also for paths outside `sites`
-    where these are given; the sites that the text does not name are kept.
+    `#` starts a comment. If `sites` are given, those that the text does not name are kept. Raises
+    RecipeError with line and reason, also for other paths than these.
     """
     steps, notes, lines_of = {}, {}, {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -85,15 +85,14 @@ def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
 
 
 def make_recipe(report: LocalityReport, preset: str, computation: float) -> Recipe:
-    """The recipe of one of PRESETS; `computation` is the target of `budget` alone."""
+    """The recipe of one of PRESETS; `computation` is the target of `budget`, else unused."""
     if preset == "budget":
         return budget_recipe(report, computation)
     return {"measured": measured_recipe, "published": published_recipe}[preset](report)
 
 
 def measured_recipe(report: LocalityReport) -> Recipe:
-    """Every site with the kernel its receptive field asks for; by sensitivity where neither local
-    nor constant."""
+    """Every site with its receptive field's kernel; what looks by picture only if that is cheap."""
     steps, notes = {}, {}
     for path, site in report.sites.items():
         error, kernel = site.sensitivity.error, site.kernel(report.share)

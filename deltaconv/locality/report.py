@@ -1,4 +1,4 @@
-"""The locality of a model's self-attention: what was measured, per site, head and sigma."""
+"""LocalityReport: measurements by site, head and sigma, with the statistics derived from them."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ from .profile import content, mean_distance, ring_distances, ring_mass, window_m
 
 FORMAT = 1
 KERNELS = range(3, 18, 2)
-# A layer that spreads over this share of all keys or more counts as even.
+# Least share of all keys, as exp(entropy) / N, at which a layer counts as even.
 EVEN = 0.7
 
 
@@ -51,7 +51,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What replacing one site alone costs: squared error of ε̂ over its mean square, per sigma."""
+    """Cost of replacing one site alone: squared error of ε̂ over its mean square, per sigma."""
 
     window: int | None = None
     window_error: list[float] | None = None
@@ -66,7 +66,7 @@ class Sensitivity:
 
 @dataclass
 class SiteLocality:
-    """One site: its path, level, channels C, map, and what was measured at every sigma."""
+    """One site: path, level, channels C, size of its map, and a measurement per sigma."""
 
     path: str
     level: int
@@ -145,7 +145,7 @@ class SiteLocality:
 
     @property
     def kind(self) -> str:
-        """`even`, `local` or `content`: what describes this layer best, by its entropy."""
+        """`even`, else `local` if the offset explains half of the attention, else `content`."""
         if math.exp(self.mean("entropy")) >= EVEN * self.tokens:
             return "even"
         return "local" if self.position_share >= 0.5 else "content"
@@ -153,12 +153,12 @@ class SiteLocality:
 
 @dataclass
 class LocalityReport:
-    """What was measured, on what: everything the tables, pictures, recipes and files are made of.
+    """All measurements of a model: the source of tables, pictures, recipes and files.
 
     `points` are query points as fractions (x, y) of the picture. `maps` holds, per site, their
-    attention [sigmas, points, heads, H, W] in float16, and `pictures` what the model saw at each
-    sigma, [H, W, 3] in 0…1. `left_out` says per site why it was not measured. `grid` is what the
-    interactive view shows, at the middle one of the sigmas; files leave it out.
+    attention [sigmas, points, heads, H, W] in float16, and `pictures` the model's prediction at
+    each sigma, [H, W, 3] in 0…1. `left_out` gives, per unmeasured site, the reason. `grid` is for
+    the interactive view, at the middle sigma; files leave it out.
     """
 
     family: str
@@ -237,7 +237,7 @@ class LocalityReport:
 def measure_site(
     statistics_: Sequence[AttentionStatistics], sigma: float, *, fit: bool = True
 ) -> Measurement:
-    """Statistics of one site at one sigma, one per call of the model → their mean, in figures."""
+    """Statistics of one site at one sigma, one per model call → the measurement of their mean."""
     first = statistics_[0]
     offsets = torch.stack([s.offsets for s in statistics_]).mean(dim=0)
     entropy = torch.stack([s.entropy for s in statistics_]).mean(dim=0)

@@ -1,4 +1,4 @@
-"""What to measure: the settings of one locality run, and the texts they are given as."""
+"""Settings of a locality run, and parsers of the node's text inputs for them."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ SENSITIVITIES = ("off", "window", "block", "window and block")
 
 @dataclass(frozen=True)
 class LocalityPlan:
-    """Settings of one run: when in sampling, for which query points, how exactly, what to try.
+    """Settings of one run: times in sampling, query points, precision, changes to try.
 
     `queries` is None for all of them; `window` is None for each site's recommended kernel.
     """

@@ -1,4 +1,4 @@
-"""Radial profiles and the attention of query points: pictures of a locality report."""
+"""Plots of a locality report by layer: radial profiles, and the attention of query points."""
 
 import math
 from collections.abc import Iterable
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 import torch
 
 from ..families import family_title
-from ..pictures.figure import BLUE, GREEN, GREY, ORANGE, new_figure, picture
+from ..pictures.figure import BLUE, GRAY, GREEN, ORANGE, new_figure, picture
 from .attention import uniform_offsets
 from .decomposition import decompose
 from .profile import ring_distances, ring_mass
 from .report import LocalityReport, SiteLocality, site_label
 
-# Of attention drawn over the picture.
+# Of the attention maps over the picture.
 _OPACITY = 0.8
 
 
@@ -27,9 +27,9 @@ def plot_profiles(report: LocalityReport):
     for axis, (name, sites) in zip(axes, groups.items(), strict=False):
         distances, relative, pairs, fit = _mean_profile(sites)
         tokens = sites[0].tokens
-        axis.axhline(1, color=GREY, linestyle=":", linewidth=1, label="uniform attention")
+        axis.axhline(1, color=GRAY, linestyle=":", linewidth=1, label="uniform attention")
         for few in (False, True):
-            # Corners and the query's own cell excepted, a ring of few pairs says little.
+            # Rings of few pairs are noisy, except the query's own cell and its neighbors.
             shown = (relative > 0) & ((pairs * tokens < 0.5) & (distances > 1) == few)
             axis.plot(
                 distances[shown],
@@ -63,7 +63,7 @@ def plot_profiles(report: LocalityReport):
     for axis in axes[len(groups) :]:
         axis.set_axis_off()
     farthest = 1.5 * max(max(s.height, s.width) for s in report.sites.values())
-    # Logarithmic from one cell on, so that the query's own cell at 0 has its place.
+    # Linear below one cell, so that the query's own cell at 0 is on the axis.
     axes[0].set_xscale("symlog", linthresh=1, linscale=0.5, base=2)
     axes[0].set_yscale("log")
     axes[0].set_ylim(max(low / 1.5, 1e-3), high * 2)
@@ -115,14 +115,14 @@ def plot_points(report: LocalityReport, index: int):
     seen = report.pictures[index] if index < len(report.pictures) else torch.ones(8, 8, 3)
     rows, columns = len(report.points), 1 + len(sizes)
     figure = new_figure(3.0 * columns + 0.9, 2.95 * rows + 0.9)
-    # After the figure, which says in one sentence where matplotlib is missing.
+    # After new_figure, which raises PlotsUnavailable without matplotlib.
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
 
     axes = figure.subplots(rows, columns, squeeze=False)
     aspect = seen.shape[0] / seen.shape[1]
     extent = (0, 1, aspect, 0)
-    grey = seen.mean(dim=-1).clamp(0, 1)
+    gray = seen.mean(dim=-1).clamp(0, 1)
     norm = LogNorm(0.3, 30)
     for row, (x, y) in enumerate(report.points):
         axes[row, 0].imshow(seen.clamp(0, 1).numpy(), extent=extent, interpolation="nearest")
@@ -130,7 +130,7 @@ def plot_points(report: LocalityReport, index: int):
         for column, size in enumerate(sizes, start=1):
             axis = axes[row, column]
             weight = torch.stack(by_size[size]).mean(dim=0)[row] * size[0] * size[1]
-            axis.imshow(0.55 + 0.45 * grey.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
+            axis.imshow(0.55 + 0.45 * gray.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
             axis.imshow(
                 weight.clamp(0.3, 30).numpy(),
                 norm=norm,
@@ -164,7 +164,7 @@ def plot_points(report: LocalityReport, index: int):
 
 
 def plot_every_step(report: LocalityReport) -> torch.Tensor:
-    """`plot_points` at every sigma, or one picture that says why not → pictures [S, H, W, 3]."""
+    """`plot_points` at every sigma, or one picture of the reason why not → [S, H, W, 3]."""
 
     def draw(index: int):
         if not report.maps:
@@ -176,12 +176,12 @@ def plot_every_step(report: LocalityReport) -> torch.Tensor:
 
 
 def _scale_bar(axis, size: tuple[int, int], aspect: float, right: bool) -> None:
-    """A bar of 2, 4, 8 … cells, about a quarter of the map, labelled."""
+    """Draw a labelled bar of 2, 4, 8 … cells, about a quarter of the map."""
     cells = 2 ** max(0, round(math.log2(size[1] / 4)))
     length, bottom = cells / size[1], aspect * 0.95
     left = 0.95 - length if right else 0.05
-    for width, colour in ((5.5, "black"), (2.5, "white")):
-        axis.plot([left, left + length], [bottom] * 2, color=colour, linewidth=width)
+    for width, color in ((5.5, "black"), (2.5, "white")):
+        axis.plot([left, left + length], [bottom] * 2, color=color, linewidth=width)
     axis.text(
         left,
         bottom - 0.03 * aspect,

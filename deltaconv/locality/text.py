@@ -1,4 +1,4 @@
-"""The locality report in words and as a table."""
+"""The locality report as text: heading, verdict, table, legend."""
 
 import math
 import statistics
@@ -40,7 +40,7 @@ _COLUMNS = (
 
 
 def report_text(report: LocalityReport) -> str:
-    """The table, one line per site in network order, under what was measured and what it means."""
+    """Heading, a table with one line per site in network order, and its legend."""
     return "\n".join([*_heading(report), "", *_table(report), "", *_explanation(report)])
 
 
@@ -140,5 +140,5 @@ def _error(errors: list[float] | None) -> str:
 
 
 def _of_mean(errors: list[float]) -> float:
-    """Standard error of the mean of independent figures with these errors."""
+    """Standard error of the mean of independent values with these errors."""
     return math.sqrt(sum(error**2 for error in errors)) / len(errors)

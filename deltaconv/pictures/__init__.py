@@ -1,1 +1,1 @@
-"""Pictures side by side, what separates them, and the figures all plots are drawn on."""
+"""Sheets of pictures, metrics between pictures, and matplotlib figures."""

@@ -1,4 +1,4 @@
-"""Figures of matplotlib, which may be missing, as pictures ComfyUI can show."""
+"""Matplotlib figures as pictures; a sentence in their place where matplotlib is missing."""
 
 import textwrap
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from .convert import to_tensor
 from .sheet import font
 
-# Okabe and Ito's colours, told apart under every common colour blindness.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
+# From Okabe and Ito's palette, which is safe for color blindness.
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
 
 
 class PlotsUnavailable(RuntimeError):
@@ -40,9 +40,9 @@ def rendered(figure) -> Image.Image:
 
 
 def picture(draw: Callable[[], object], *excused: type[Exception]) -> torch.Tensor:
-    """The figure that `draw` returns as a picture [1, H, W, 3]; or the reason why there is none.
+    """The figure that `draw` returns as a picture [1, H, W, 3].
 
-    Reasons are a missing matplotlib and errors of the `excused` types.
+    PlotsUnavailable and errors of the `excused` types become a picture of their message.
     """
     try:
         return to_tensor(rendered(draw()))

@@ -96,7 +96,7 @@ def stacked(
 def font(size: int) -> Font:
     """DejaVu Sans, as matplotlib brings it, or a font of the system; Pillow's own has no Δ."""
     names = ["DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "LiberationSans-Regular.ttf"]
-    # Found without importing it, which takes longer than drawing.
+    # Located without importing matplotlib, which takes longer than drawing.
     if (found := importlib.util.find_spec("matplotlib")) and found.origin:
         names.insert(0, str(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"))
     for name in names:

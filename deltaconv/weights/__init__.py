@@ -1,4 +1,4 @@
-"""ΔConv weights: what they hold, how files name it, and which model they fit."""
+"""ΔConv weights: the data, the file format, and compatibility with models."""
 
 from .file import read_weights, write_weights
 from .model import DeltaConvWeights, WeightsError

@@ -1,4 +1,4 @@
-"""Whether ΔConv weights fit a model, and which of its sites to replace."""
+"""Check that ΔConv weights fit a model, and select the sites to replace."""
 
 import fnmatch
 import re

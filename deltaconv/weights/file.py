@@ -1,7 +1,7 @@
-"""The ΔConv file format: reading our own and the published safetensors, writing our own.
+"""The ΔConv file format: read our own and the published safetensors, write our own.
 
-Our own files name every tensor `<site path>.<published tensor name>`, site paths in ComfyUI's
-naming, and say in string metadata what the tensors cannot:
+Our own files name every tensor `<site path>.<published tensor name>`, with ComfyUI's site paths,
+and have string metadata:
 
     deltaconv.format      "1"
     deltaconv.family      a name in `families.FAMILIES`, or any other name, or ""
@@ -10,8 +10,8 @@ naming, and say in string metadata what the tensors cannot:
     deltaconv.base_model  the model that the blocks were distilled from, in words
     deltaconv.training    JSON: how they were trained
 
-Published files name them `<diffusers path>.conv1.<published tensor name>`, with prefixes in front
-and other weights beside them, and say nothing more.
+Published files name them `<diffusers path>.conv1.<published tensor name>`, with prefixes in front,
+other weights beside them, and no metadata.
 """
 
 import json
@@ -34,7 +34,7 @@ from .model import DeltaConvWeights, WeightsError, require_finite
 
 FORMAT = "1"
 _DTYPES = {"F16", "BF16", "F32", "F64"}
-# In characters. What the metadata say of sites and training is JSON; SDXL's 70 sites take 8 000.
+# In characters of the JSON of sites or training; SDXL's 70 sites take 8 000.
 _LONGEST_RECORD = 1 << 20
 _LONGEST_NAME = 300
 # Three times what a block of eight scales has.
@@ -75,12 +75,11 @@ class _FileTensors(Mapping):
 
 
 def read_weights(path: str | os.PathLike, *, finite: bool = False) -> DeltaConvWeights:
-    """Weights of a safetensors file, our own or published; reads the header, tensors on access.
+    """Weights of a safetensors file, our own or published; tensors are read on access.
 
-    With `finite` every tensor of a block is read once, one at a time, and NaN or infinite values
-    are refused here rather than on access. Raises WeightsError where the file is no safetensors
-    file, is damaged, holds no blocks or malformed ones, or says something of itself that its
-    tensors contradict.
+    With `finite` every tensor of a block is read once, one at a time, to refuse NaN and infinite
+    values here rather than on access. Raises WeightsError for other file formats, damaged files,
+    no blocks or malformed ones, and metadata that contradict the tensors.
     """
     path = Path(path)
     header = read_header(path)
@@ -115,8 +114,8 @@ def write_weights(
 ) -> Path:
     """Write `weights` in our own format, all or nothing; returns the path.
 
-    Raises FileExistsError where the file exists and `overwrite` is False, WeightsError where the
-    name is wrong or values are not finite. Nothing is changed or left behind then.
+    Raises FileExistsError if the file exists and `overwrite` is False, WeightsError for a wrong
+    name or values that are not finite; no file is changed or left behind then.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -174,7 +173,7 @@ def _geometries(by_site: Blocks, header: Header, name: str) -> dict[str, BlockGe
 
 
 def _published_base(sites: Mapping[str, BlockGeometry], name: str) -> str:
-    """The model that published blocks of this family were made for; refuses unknown families."""
+    """The model that published blocks of this family were made for; WeightsError if unknown."""
     fits = families_of({site: geometry.dim for site, geometry in sites.items()})
     if not fits:
         site, geometry = next(iter(sites.items()))
@@ -189,7 +188,7 @@ def _published_base(sites: Mapping[str, BlockGeometry], name: str) -> str:
 def _describe(
     metadata: Mapping[str, str], sites: Mapping[str, BlockGeometry], name: str
 ) -> _Description:
-    """Gate, scales, family and record: as the metadata say, else as the family usually has them."""
+    """Gate, scales, family and record from the metadata; defaults are the family's."""
 
     def refuse(expected: str, got: object) -> WeightsError:
         return WeightsError(
@@ -259,7 +258,7 @@ def _example(shapes: Mapping[str, tuple]) -> str:
 def write_atomically(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path, overwrite: bool
 ) -> None:
-    """Temporary file in the same folder, fsync, then one rename: a reader sees all or nothing."""
+    """Write a temporary file in the same folder, fsync, rename: readers see all or nothing."""
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.part")
     try:
         # Written here because safetensors' own file is readable by its owner alone.

@@ -1,9 +1,8 @@
-"""The header of a safetensors file, looked at before anything is made of it.
+"""Read a safetensors header within bounds that are checked on its bytes, before it is parsed.
 
-A file may be anything, and a safetensors parser makes of a small header whatever it says: what a
-header may hold is bounded here, on its bytes, far above what any real file has. A full SDXL
-checkpoint with blocks beside it has about 3 000 tensors, keys below 200 characters, and a header
-of half a megabyte.
+Files are untrusted, and a parser allocates whatever a small header asks for. The bounds are far
+above real files: a full SDXL checkpoint with blocks beside it has about 3 000 tensors, keys below
+200 characters, and a header of half a megabyte.
 """
 
 import os
@@ -41,7 +40,7 @@ _repr.maxstring = 80
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its tensors, by key, and of itself."""
+    """Shapes and dtypes of a file's tensors by key, and its metadata."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
@@ -64,7 +63,7 @@ def read_header(path: Path) -> Header:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """The opened file; what safetensors or the system says against it becomes a WeightsError."""
+    """The opened file; errors of safetensors and of the system become WeightsError."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
@@ -74,28 +73,28 @@ def open_tensors(path: Path) -> safe_open:
 
 
 def shortened(text: str, limit: int = 80) -> str:
-    """`text`, its middle left out where it is longer than `limit`."""
+    """`text` without its middle if it is longer than `limit`."""
     if len(text) <= limit:
         return text
     return f"{text[: limit * 2 // 3]}…{text[-(limit // 3) :]} ({len(text)} characters)"
 
 
 def named(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of many names of a file, each shortened and quoted."""
+    """The first `limit` names, each shortened and quoted, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(shortened(name)) for name in names[:limit]) + more
 
 
 def quoted(value: object) -> str:
-    """The repr of anything that JSON can hold, cut without ever being made in full."""
+    """A short repr of any JSON value, made without building the full one."""
     return shortened(_repr.repr(value), 200)
 
 
 def _check_bytes(path: Path) -> None:
     """Raise WeightsError unless `path` is a file that begins with a header within bounds."""
     try:
-        # A pipe or a device would be waited for, or read without end.
+        # Opening a pipe or a device may block, or never end.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             raise _unreadable(path, f"it is a {'folder' if stat.S_ISDIR(mode) else 'device'}")
@@ -114,7 +113,7 @@ def _check_bytes(path: Path) -> None:
 def _check_start(path: Path, start: bytes, length: int, size: int) -> None:
     # The length that a safetensors file begins with can have any bytes; its header follows.
     is_header = start[8:9] == b"{"
-    # Told apart by name, and never opened: unpickling runs whatever the file says.
+    # Recognized by its first bytes and never opened: unpickling runs code of the file.
     if not is_header and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise WeightsError(
             f"Expected a safetensors file, got a pickle (.pt, .ckpt) in {path.name}. Pickles can "
@@ -130,7 +129,7 @@ def _check_start(path: Path, start: bytes, length: int, size: int) -> None:
 
 
 def _check_counts(path: Path, header: bytes) -> None:
-    """Count in a JSON text what a parser would have to make room for, outside of its strings."""
+    """Raise WeightsError if the JSON text has more tensors, values or strings than the bounds."""
     # Without escapes, every quote begins or ends a string.
     bare = header.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in header else header
     # Per tensor: its key, three names of fields, the dtype. Per entry of metadata: key and value.

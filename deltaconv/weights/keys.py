@@ -1,4 +1,4 @@
-"""Which tensors of a file belong to which site, by their names alone."""
+"""Group the tensors of a file by site, from their names."""
 
 import re
 from collections import defaultdict
@@ -29,10 +29,10 @@ Blocks = Mapping[str, Mapping[str, str]]
 
 
 def published_keys(keys: Iterable[str], source: str) -> tuple[Blocks, str]:
-    """Blocks in the diffusers naming, and in words which of two sets they are; ({}, "") for none.
+    """Blocks in the diffusers naming, and a note on which of two sets was taken; ({}, "") for none.
 
-    Of a set and its EMA the EMA is taken, unless it lacks what the other has. Raises WeightsError
-    for sets that compete otherwise, and for paths that no known model has.
+    Of a set and its EMA the EMA is taken, unless it lacks tensors of the other. Raises WeightsError
+    for any other choice of sets, and for paths that no known model has.
     """
     sets: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for key in keys:
@@ -53,7 +53,7 @@ def _published_parts(key: str) -> tuple[str, str, str] | None:
     """Prefix, path and tensor name of a published key; None for any other.
 
     In front of the path stand `base:`, `base_ema:` (a nested state dict, flattened), `unet.`,
-    `models.0.` and the like. Looked at from its end: a key may be anything, and long.
+    `models.0.` and the like. Parsed from the end, because a key may be anything, and long.
     """
     head, _, tensor = key.partition(".conv1.")
     if not tensor:
@@ -68,7 +68,7 @@ def _published_parts(key: str) -> tuple[str, str, str] | None:
 
 
 def _chosen_set(sets: Mapping[str, Blocks], source: str) -> tuple[str, str]:
-    """The prefix of the set to read, and what to say of that choice."""
+    """The prefix of the set to read, and a note on that choice."""
     averaged = [prefix for prefix in sets if "ema" in re.split(r"[:._-]", prefix)]
     plain = [prefix for prefix in sets if prefix not in averaged]
     if len(averaged or plain) > 1:
@@ -96,7 +96,7 @@ def _chosen_set(sets: Mapping[str, Blocks], source: str) -> tuple[str, str]:
 
 
 def _lacking(blocks: Blocks, others: Blocks) -> list[str]:
-    """What `others` has and `blocks` has not, as names of tensors without prefix."""
+    """Tensors of `others` that `blocks` lacks, by name without prefix."""
     return [
         f"{path}.conv1.{tensor}"
         for path, block in others.items()

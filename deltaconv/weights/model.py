@@ -1,4 +1,4 @@
-"""ΔConv weights by site, wherever their tensors live."""
+"""DeltaConvWeights: blocks by site, in memory or read from a file on access."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from ..geometry import BlockGeometry, canonical_tensor
 
 
 class WeightsError(ValueError):
-    """ΔConv weights that cannot be read, written or used; the message says what to do."""
+    """ΔConv weights cannot be read, written or used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class DeltaConvWeights:
     """ΔConvBlocks by site path, with everything needed to build and describe them.
 
     `tensors` maps site path → published tensor name → tensor, in any published layout; those of a
-    file are read on access. `family` is what the weights say they are for, "" where they do not
-    say; `base_model` and `training` are the record of where they come from.
+    file are read on access. `family` is "" where the weights do not name one; `base_model` and
+    `training` record their origin.
     """
 
     sites: Mapping[str, BlockGeometry]
@@ -35,7 +35,7 @@ class DeltaConvWeights:
     source: str = ""
 
     def __str__(self) -> str:
-        # What a preview shows, too where Apply ΔConv is bypassed and its input takes its place.
+        # Shown by previews, also where a bypassed Apply ΔConv passes its input on.
         families = ", ".join(self.families) or "an unnamed model"
         layers = f"{len(self.sites)} layer{'s' if len(self.sites) != 1 else ''}"
         return (
@@ -83,7 +83,7 @@ class DeltaConvWeights:
 
 def require_finite(site: str, tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
     """Raise WeightsError, naming them, where tensors of a block hold NaN or infinite values."""
-    # NaN goes through to both ends; `isfinite` makes several tensors and takes far longer.
+    # aminmax propagates NaN; `isfinite` on the whole tensor allocates and is far slower.
     broken = sorted(
         name
         for name, tensor in tensors

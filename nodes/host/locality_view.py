@@ -1,4 +1,4 @@
-"""What the interactive view in ComfyUI's page gets: a picture and atlases of attention."""
+"""Files and message for the interactive view in ComfyUI's page: picture and attention atlases."""
 
 import os
 
