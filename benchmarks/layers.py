@@ -1,8 +1,7 @@
 """`python -m comfyui_deltaconv.benchmarks.layers`: time attention, its replacements and ours.
 
-Writes JSON and prints a table in µs; `kernels.plot` draws the JSON. Nothing that computes
-something wrong at the shape that is timed gets a time. --comfyui and --flops measure and count
-whole models.
+Writes JSON and prints a table in µs; `benchmarks.plot` draws the JSON. A contender that is wrong at
+the timed shape gets no time. --comfyui and --flops measure and count whole models.
 """
 
 import argparse

@@ -124,7 +124,7 @@ TILES = SQUARES + LINES
 
 
 class Launch(NamedTuple):
-    """One kernel at one shape, as `kernels.ahead` compiles it too."""
+    """One kernel at one shape; `kernels.compile_ahead` compiles it too."""
 
     kernel: triton.JITFunction
     grid: tuple[int, int, int]

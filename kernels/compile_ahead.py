@@ -1,7 +1,7 @@
 """`python -m comfyui_deltaconv.kernels.compile_ahead`: compile kernels for GPUs that are not here.
 
 Per kernel of every launch of the published shapes: seconds it took, registers, bytes spilled per
-thread, shared memory. What a compiler can prove without a GPU is proved here; speed is not.
+thread, shared memory. Speed needs the GPU.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Report(NamedTuple):
-    """What one kernel came to on one target; registers None where no tool tells."""
+    """One compiled kernel on one target; registers None where no tool reports them."""
 
     kernel: str
     seconds: float
@@ -47,7 +48,7 @@ class Report(NamedTuple):
 
 
 def compiled_for(launch, dtype: torch.dtype, target: str):
-    """Triton's compiled kernel of a plan's launch, as a call with aligned tensors would have it."""
+    """A launch's kernel compiled by Triton, as for a call with aligned tensors."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -76,7 +77,7 @@ def compiled_for(launch, dtype: torch.dtype, target: str):
 
 
 def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
-    """What a launch's kernel comes to."""
+    """Compiles a launch's kernel and reports on it."""
     start = time.perf_counter()
     compiled = compiled_for(launch, dtype, target)
     seconds = time.perf_counter() - start
@@ -87,7 +88,7 @@ def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
 
 
 def _resources(asm) -> tuple[int | None, int | None]:
-    """Registers and spilled bytes of one thread, out of the compiler's own output."""
+    """Registers and spilled bytes of one thread, from the compiler's output."""
     if "amdgcn" in asm:
         found = [
             re.search(rf"\.{key}:\s*(\d+)", asm["amdgcn"])
@@ -108,9 +109,9 @@ def _resources(asm) -> tuple[int | None, int | None]:
 
 
 def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None = None):
-    """The launches of the op at this case: forward, and with `gradients` those of backward.
+    """The launches of `pyramid_projection`, and with `gradients` those of its backward pass.
 
-    `shared` is the memory of the device that they are for; without it what every device has.
+    `shared`: shared memory in bytes of the device they are for; default: what every device has.
     """
     from .fused.backward import plan_level, plan_resampling
     from .fused.plan import Shape, plan_forward
@@ -128,36 +129,32 @@ def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None
         yield from (*down, unpool)
 
 
-def published_launches(case: Case):
-    """The full level's convolution in the published style, at every tile that the bench tries."""
-    from ..benchmarks.published_kernels import TILES, plan
-
-    shape = (case.batch, case.height, case.width, case.dim // 2)
-    return [plan(shape, case.kernel_size, tile) for tile in TILES]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="kernels.ahead", description=__doc__)
+def main(
+    argv: list[str] | None = None,
+    launches_of: Callable[[Case, torch.dtype, str], Iterable] | None = None,
+) -> int:
+    """Prints a line per kernel. `launches_of(case, dtype, target)`: by default those of the ops."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=_NAMES.values(), default="fp16")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
-    parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument(
-        "--published", action="store_true", help="the bench's contender in the published style"
-    )
+    if launches_of is None:
+        parser.add_argument("--forward-only", action="store_true")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("expected to compile, got TRITON_INTERPRET=1. Unset it.")
     dtype = next(dtype for dtype, name in _NAMES.items() if name == options.dtype)
+
+    def of_the_ops(case: Case, dtype: torch.dtype, target: str) -> Iterable:
+        return launches(case, dtype, not options.forward_only, SHARED[target])
+
     print("target\tcase\tkernel\tseconds\tregisters\tspilled B\tshared B\tlayout conversions")
     with tempfile.TemporaryDirectory() as cache:
-        # A cache of its own: what is measured is cold.
+        # An empty cache, so that cold compilation is measured.
         os.environ["TRITON_CACHE_DIR"] = cache
         for target in options.target or TARGETS:
             for name in options.case or CASES:
-                backward = not options.forward_only
-                found = launches(CASES[name], dtype, backward, SHARED[target])
-                for launch in published_launches(CASES[name]) if options.published else found:
+                for launch in (launches_of or of_the_ops)(CASES[name], dtype, target):
                     report = compile_launch(launch, dtype, target)
                     kernel, seconds, *rest = report
                     row = [target, name, kernel, f"{seconds:.1f}", *map(str, rest)]

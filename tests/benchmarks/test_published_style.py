@@ -17,10 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed for this system")
 from comfyui_deltaconv.benchmarks import published_kernels, published_style
 
 os.environ.pop("TRITON_INTERPRET", None)
-from comfyui_deltaconv.benchmarks import check, contenders, layers, trial
+from comfyui_deltaconv.benchmarks import check, contenders, layers, published_compile, trial
 from comfyui_deltaconv.benchmarks.published_kernels import LINES, SQUARES, TILES
 from comfyui_deltaconv.benchmarks.shapes import Row
-from comfyui_deltaconv.kernels import compile_ahead
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
@@ -198,7 +197,7 @@ def test_the_bench_records_the_tile_of_every_level(monkeypatch, capsys):
 def test_every_tile_compiles_for_a_gpu_that_is_not_here():
     """In a process of its own: what is interpreted here cannot be compiled."""
     case = "SD1.5 level 0, k 7"
-    line = [sys.executable, "-I", "-m", compile_ahead.__name__, "--published"]
+    line = [sys.executable, "-I", "-m", published_compile.__name__]
     line += ["--target", "sm_90", "--case", case]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
