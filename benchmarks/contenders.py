@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import pyramid_projection, pyramid_projection_definition
+from ..kernels import Projections, pyramid_projection, pyramid_projection_definition
 from ..kernels.accuracy import Case, make_inputs
 from ..kernels.reference import apply_gate, gated_pyramid_definition, pooled_size
 from .shapes import SCALES, Row, Window, side_of
@@ -163,7 +163,8 @@ def _published(*arguments) -> Contender:
 
 
 def _projected(gated_pyramid):
-    def op(x, u, weights, scales, gate, out_weight, out_bias, pool_weight, pool_bias):
+    def op(x, u, weights, scales, gate, projections):
+        out_weight, out_bias, pool_weight, pool_bias = projections
         context = F.linear(x.mean(dim=(1, 2), keepdim=True), pool_weight, pool_bias)
         return F.linear(gated_pyramid(u, weights, scales, gate), out_weight, out_bias) + context
 
@@ -182,7 +183,7 @@ def _block(op, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
             up_weight, up_bias, *linear = tensors[:6]
             x = x.unflatten(1, (-1, round(x.shape[1] ** 0.5)))
             u = F.linear(x, up_weight, up_bias)
-            return op(x, u, tensors[6:], SCALES, row.gate, *linear).flatten(1, 2)
+            return op(x, u, tensors[6:], SCALES, row.gate, Projections(*linear)).flatten(1, 2)
 
         return run
 

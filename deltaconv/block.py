@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..kernels import GATES, Biases, gated_pyramid, pyramid_projection
+from ..kernels import GATES, Biases, Projections, gated_pyramid, pyramid_projection
 from .geometry import check_geometry, complete_state, default_scales, read_geometry
 
 
@@ -138,8 +138,9 @@ class DeltaConvBlock(nn.Module):
         kernels, biases = self.depthwise_like(u)
         with self._lend((self.conv_out, self.conv_pool), u) as linear:
             if linear is not None:
+                projections = Projections(*linear)
                 return pyramid_projection(
-                    x, u, kernels, self.scales, self.gate, *linear, biases=biases
+                    x, u, kernels, self.scales, self.gate, projections, biases
                 )
         pyramid = gated_pyramid(u, kernels, self.scales, self.gate, biases)
         context = self.conv_pool(x.mean(dim=(1, 2), keepdim=True))

@@ -1,9 +1,10 @@
 """The heavy operations, each one public function over a definition and its fast forms."""
 
-from .backend import gated_pyramid, pyramid_projection
+from .ops import gated_pyramid, pyramid_projection
 from .reference import (
     GATES,
     Biases,
+    Projections,
     gated_pyramid_definition,
     pooled_size,
     pyramid_projection_definition,
@@ -12,6 +13,7 @@ from .reference import (
 __all__ = [
     "GATES",
     "Biases",
+    "Projections",
     "gated_pyramid",
     "gated_pyramid_definition",
     "pooled_size",

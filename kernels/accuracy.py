@@ -8,8 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from .backend import gated_pyramid, pyramid_projection
-from .reference import Biases, gated_pyramid_definition, pyramid_projection_definition
+from .ops import gated_pyramid, pyramid_projection
+from .reference import (
+    Biases,
+    Projections,
+    gated_pyramid_definition,
+    pyramid_projection_definition,
+)
 
 
 class Case(NamedTuple):
@@ -88,9 +93,9 @@ def make_inputs(
 
 def project(case: Case, inputs: list[torch.Tensor], op=pyramid_projection) -> torch.Tensor:
     """`op` with the signature of `pyramid_projection` on what `make_inputs` gave."""
-    x, u, *linear = inputs[:6]
+    x, u = inputs[:2]
     kernels, biases = kernels_of(case, inputs)
-    return op(x, u, kernels, case.scales, case.gate, *linear, biases)
+    return op(x, u, kernels, case.scales, case.gate, Projections._make(inputs[2:6]), biases)
 
 
 def pyramid(case: Case, inputs: list[torch.Tensor], op=gated_pyramid) -> torch.Tensor:
@@ -112,7 +117,9 @@ def exactly(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.detach().cpu().double() for tensor in inputs]
 
 
-def forward_errors(case: Case, dtype: torch.dtype, device: str) -> list[tuple[str, Error, Error]]:
+def forward_errors(
+    case: Case, dtype: torch.dtype, device: torch.device | str
+) -> list[tuple[str, Error, Error]]:
     """(name, error of the public op, torch's own error) of the pyramid and of the projection."""
     inputs = make_inputs(case, dtype, device)
     with torch.no_grad():
@@ -136,7 +143,9 @@ def forward_errors(case: Case, dtype: torch.dtype, device: str) -> list[tuple[st
 NAMES = ("x", "u", "out_weight", "out_bias", "pool_weight", "pool_bias")
 
 
-def gradient_errors(case: Case, dtype: torch.dtype, device: str) -> list[tuple[str, Error, Error]]:
+def gradient_errors(
+    case: Case, dtype: torch.dtype, device: torch.device | str
+) -> list[tuple[str, Error, Error]]:
     """(tensor, error of the public op's gradient, torch's own error) for every input."""
     inputs = make_inputs(case, dtype, device)
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))

@@ -1,69 +1,82 @@
-"""The ops with their gradients recorded, for eager calls of the Triton kernels.
+"""Gradients of the ops on flat tensors, recorded for eager calls of the Triton kernels.
 
-The same as `operators` has for torch.compile; its custom operators take the host longer than the
-kernels run.
+Flat: the maps (u, or x and u), the projections if any, all kernels, the biases that are there.
+`custom_ops` registers the same gradients for torch.compile; its host overhead is larger than a
+kernel's time.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import backend
+from .reference import Biases, Projections
 
 
-class _Pyramid(torch.autograd.Function):
+def flatten(
+    maps: Sequence[torch.Tensor],
+    projections: Projections | None,
+    weights: Sequence[torch.Tensor],
+    biases: Biases,
+) -> tuple[list[torch.Tensor], int]:
+    """The flat tensors, and a bit for every scale that has a bias."""
+    present = [bias for bias in biases if bias is not None]
+    biased = sum(1 << level for level, bias in enumerate(biases) if bias is not None)
+    return [*maps, *(projections or ()), *weights, *present], biased
+
+
+def run(
+    op: str,
+    tensors: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    gate: str,
+    biased: int,
+    gradient: torch.Tensor | None = None,
+):
+    """The op on flat tensors; with the gradient of its result, the gradients of all of them.
+
+    In place of x's gradient stands that of its mean, as the backward passes give it.
+    """
+    if op == "gated_pyramid":
+        maps, rest, linear = tensors[:1], tensors[1:], ()
+    else:
+        maps, rest, linear = tensors[:2], tensors[6:], (Projections._make(tensors[2:6]),)
+    levels = range(len(scales))
+    weights, present = rest[: len(levels)], iter(rest[len(levels) :])
+    biases = [next(present) if biased >> level & 1 else None for level in levels] if biased else ()
+    request = backend.request_of(maps[-1], weights, scales)
+    arguments = (*maps, weights, scales, gate, *linear, biases)
+    if gradient is None:
+        return backend.run(op, request, *arguments)
+    return backend.run(f"{op}_backward", request, gradient, *arguments)
+
+
+def through_mean(op: str, gradients: list[torch.Tensor], tensors: Sequence[torch.Tensor]):
+    """What a backward pass gives → gradients of the flat tensors: x's out of its mean's."""
+    if op == "gated_pyramid":
+        return gradients
+    to_mean, *rest = gradients
+    x = tensors[0]
+    return [(to_mean / (x.shape[1] * x.shape[2])).expand_as(x), *rest]
+
+
+class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scales, gate, biased, u, *kernels):
-        ctx.scales, ctx.gate, ctx.biased = scales, gate, biased
-        ctx.save_for_backward(u, *kernels)
-        weights, biases = _split(kernels, biased, len(scales))
-        request = backend.request_of(u, weights, scales)
-        return backend.run("gated_pyramid", request, u, weights, scales, gate, biases)
+    def forward(ctx, op, scales, gate, biased, *tensors):
+        ctx.op, ctx.call = op, (scales, gate, biased)
+        ctx.save_for_backward(*tensors)
+        return run(op, tensors, *ctx.call)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
-        u, *kernels = ctx.saved_tensors
-        weights, biases = _split(kernels, ctx.biased, len(ctx.scales))
-        request = backend.request_of(u, weights, ctx.scales)
-        arguments = (gradient, u, weights, ctx.scales, ctx.gate, biases)
-        return None, None, None, *backend.run("gated_pyramid_backward", request, *arguments)
+    # torch declares any number of gradients; there is one result.
+    def backward(ctx, gradient):  # pyrefly: ignore[bad-override]
+        tensors = ctx.saved_tensors
+        gradients = run(ctx.op, tensors, *ctx.call, gradient=gradient)
+        return None, None, None, None, *through_mean(ctx.op, gradients, tensors)
 
 
-class _Projection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scales, gate, biased, x, u, *tensors):
-        ctx.scales, ctx.gate, ctx.biased = scales, gate, biased
-        ctx.save_for_backward(x, u, *tensors)
-        linear, (weights, biases) = tensors[:4], _split(tensors[4:], biased, len(scales))
-        request = backend.request_of(u, weights, scales)
-        arguments = (x, u, weights, scales, gate, *linear, biases)
-        return backend.run("pyramid_projection", request, *arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, u, *tensors = ctx.saved_tensors
-        linear, (weights, biases) = tensors[:4], _split(tensors[4:], ctx.biased, len(ctx.scales))
-        request = backend.request_of(u, weights, ctx.scales)
-        arguments = (gradient, x, u, weights, ctx.scales, ctx.gate, *linear, biases)
-        to_mean, *rest = backend.run("pyramid_projection_backward", request, *arguments)
-        to_x = (to_mean / (x.shape[1] * x.shape[2])).expand_as(x)
-        return None, None, None, to_x, *rest
-
-
-def _split(kernels, biased: int, levels: int):
-    """Kernels of all levels, then the biases that are there → kernels, biases by level."""
-    return kernels[:levels], backend.unpack(kernels[levels:], biased, levels)
-
-
-def gated_pyramid(u, weights, scales, gate, biases):
-    """u [B, H, W, h] → [B, H, W, S · h/2]."""
-    present, biased = backend.pack(biases)
-    return _Pyramid.apply(scales, gate, biased, u, *weights, *present)
-
-
-def pyramid_projection(x, u, weights, scales, gate, *linear_and_biases):
-    """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C]."""
-    *linear, biases = linear_and_biases
-    present, biased = backend.pack(biases)
-    return _Projection.apply(scales, gate, biased, x, u, *linear, *weights, *present)
+def record(op: str, tensors: Sequence[torch.Tensor], scales, gate: str, biased: int):
+    """The op on flat tensors, differentiable in all of them."""
+    return _Recorded.apply(op, scales, gate, biased, *tensors)

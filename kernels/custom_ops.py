@@ -1,112 +1,66 @@
-"""The ops as torch custom operators: torch.compile sees one node each, autograd one function.
+"""The ops as torch custom operators: one node each for torch.compile, with gradients registered.
 
-`backend` calls them where torch.compile traces; everywhere else it goes past torch's dispatcher,
-which costs more than a small launch. `autograd` holds the gradients of eager calls.
+They take flat tensors, as `autograd` describes them. `ops` calls them only while torch.compile
+traces: torch's dispatcher costs more than a small launch.
 """
 
 import torch
 
-from . import backend
+from . import autograd
 
-_PYRAMID = "Tensor u, Tensor[] weights, float[] scales, str gate"
-_LINEAR = "Tensor out_weight, Tensor out_bias, Tensor pool_weight, Tensor pool_bias"
-# The biases that are there, and a bit for every scale that has one.
-_BIASES = "Tensor[] biases, int biased"
-_PROJECTION = f"Tensor x, {_PYRAMID}, {_LINEAR}, {_BIASES}"
-_PYRAMID = f"{_PYRAMID}, {_BIASES}"
+# The maps, projections, kernels and biases behind each other; a bit for every scale with a bias.
+_FLAT = "Tensor[] tensors, float[] scales, str gate, int biased"
 
 
-def _define(name: str, arguments: str, result: str):
-    schema = f"({arguments}) -> {result}"
+def _define(name: str, schema: str):
     return torch.library.custom_op(f"deltaconv::{name}", mutates_args=(), schema=schema)
 
 
-def _run(op: str, maps: tuple, weights, scales, gate, *rest):
-    *linear, present, biased = rest
-    biases = backend.unpack(present, biased, len(scales))
-    request = backend.request_of(maps[-1], weights, scales)
-    return backend.run(op, request, *maps, weights, scales, gate, *linear, biases)
+def _defined(op: str, empty_result):
+    """The op with fakes and gradient; `empty_result(tensors, levels)` has its result's shape."""
+
+    @_define(op, f"({_FLAT}) -> Tensor")
+    def forward(tensors, scales, gate, biased):
+        return autograd.run(op, tensors, scales, gate, biased)
+
+    @forward.register_fake
+    def _(tensors, scales, gate, biased):
+        return empty_result(tensors, len(scales))
+
+    @_define(f"{op}_backward", f"(Tensor gradient, {_FLAT}) -> Tensor[]")
+    def backward(gradient, tensors, scales, gate, biased):
+        return autograd.run(op, tensors, scales, gate, biased, gradient)
+
+    @backward.register_fake
+    def _(gradient, tensors, scales, gate, biased):
+        found = [tensor.new_empty(tensor.shape) for tensor in tensors]
+        if op == "pyramid_projection":
+            x = tensors[0]
+            found[0] = x.new_empty(x.shape[0], 1, 1, x.shape[3])
+        return found
+
+    def keep(ctx, inputs, output):
+        tensors, *ctx.call = inputs
+        ctx.save_for_backward(*tensors)
+
+    def gradients(ctx, gradient):
+        tensors = list(ctx.saved_tensors)
+        found = backward(gradient, tensors, *ctx.call)
+        return autograd.through_mean(op, found, tensors), None, None, None
+
+    forward.register_autograd(gradients, setup_context=keep)
+    return forward
 
 
-@_define("gated_pyramid", _PYRAMID, "Tensor")
-def gated_pyramid(u, *arguments):
-    """u [B, H, W, h] → [B, H, W, S · h/2]."""
-    return _run("gated_pyramid", (u,), *arguments)
+def _empty_pyramid(tensors, levels: int):
+    u = tensors[0]
+    return u.new_empty(*u.shape[:3], u.shape[3] // 2 * levels)
 
 
-@gated_pyramid.register_fake
-def _(u, weights, scales, gate, biases, biased):
-    return u.new_empty(*u.shape[:3], u.shape[3] // 2 * len(scales))
-
-
-@_define("gated_pyramid_backward", f"Tensor gradient, {_PYRAMID}", "Tensor[]")
-def gated_pyramid_backward(gradient, u, *arguments):
-    """gradient [B, H, W, S · h/2] → gradients of u, every kernel and every bias."""
-    return _run("gated_pyramid_backward", (gradient, u), *arguments)
-
-
-@gated_pyramid_backward.register_fake
-def _(gradient, u, weights, scales, gate, biases, biased):
-    return [u.new_empty(tensor.shape) for tensor in (u, *weights, *biases)]
-
-
-def _keep_pyramid(ctx, inputs, output):
-    u, weights, ctx.scales, ctx.gate, biases, ctx.biased = inputs
-    ctx.save_for_backward(u, *weights, *biases)
-
-
-def _backward_pyramid(ctx, gradient):
-    u, *kernels = ctx.saved_tensors
-    levels = len(ctx.scales)
-    weights, biases = kernels[:levels], kernels[levels:]
-    to_u, *rest = gated_pyramid_backward(
-        gradient, u, weights, ctx.scales, ctx.gate, biases, ctx.biased
-    )
-    return to_u, rest[:levels], None, None, rest[levels:], None
-
-
-gated_pyramid.register_autograd(_backward_pyramid, setup_context=_keep_pyramid)
-
-
-@_define("pyramid_projection", _PROJECTION, "Tensor")
-def pyramid_projection(x, u, *arguments):
-    """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C]."""
-    return _run("pyramid_projection", (x, u), *arguments)
-
-
-@pyramid_projection.register_fake
-def _(x, u, *arguments):
+def _empty_projection(tensors, levels: int):
+    x, u = tensors[:2]
     return u.new_empty(x.shape)
 
 
-@_define("pyramid_projection_backward", f"Tensor gradient, {_PROJECTION}", "Tensor[]")
-def pyramid_projection_backward(gradient, x, u, *arguments):
-    """gradient [B, H, W, C] → gradients of x's mean, u, both projections, kernels and biases."""
-    return _run("pyramid_projection_backward", (gradient, x, u), *arguments)
-
-
-@pyramid_projection_backward.register_fake
-def _(gradient, x, u, weights, scales, gate, *rest):
-    *linear, biases, _ = rest
-    mean = x.new_empty(x.shape[0], 1, 1, x.shape[3])
-    return [mean, *(u.new_empty(tensor.shape) for tensor in (u, *linear, *weights, *biases))]
-
-
-def _keep_projection(ctx, inputs, output):
-    x, u, weights, ctx.scales, ctx.gate, *linear, biases, ctx.biased = inputs
-    ctx.save_for_backward(x, u, *linear, *weights, *biases)
-
-
-def _backward_projection(ctx, gradient):
-    x, u, *tensors = ctx.saved_tensors
-    behind = 4 + len(ctx.scales)
-    linear, weights, biases = tensors[:4], tensors[4:behind], tensors[behind:]
-    to_mean, to_u, *rest = pyramid_projection_backward(
-        gradient, x, u, weights, ctx.scales, ctx.gate, *linear, biases, ctx.biased
-    )
-    tokens = x.shape[1] * x.shape[2]
-    to_x = (to_mean / tokens).expand_as(x)
-    return to_x, to_u, rest[4:behind], None, None, *rest[:4], rest[behind:], None
-
-
-pyramid_projection.register_autograd(_backward_projection, setup_context=_keep_projection)
+gated_pyramid = _defined("gated_pyramid", _empty_pyramid)
+pyramid_projection = _defined("pyramid_projection", _empty_projection)

@@ -1,17 +1,17 @@
-"""The ops out of torch's own operators, in the formulation that is fastest where they run."""
+"""The ops in torch's own operators, in the fastest formulation per device and kernel size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from .reference import Biases, apply_gate, pooled_size
+from .reference import Biases, Projections, apply_gate, pooled_size
 
 
 def prefers_channels_last(device: torch.device, kernel_size: int) -> bool:
     """Whether a depthwise convolution of that size is faster on NHWC memory than on NCHW.
 
-    On a CPU it is at every size tried, 2 to 50 times; on an H100 up to k = 7.
+    Measured: on a CPU 2 to 50 times at every size, on an H100 up to k = 7.
     """
     return device.type == "cpu" or kernel_size <= 7
 
@@ -64,13 +64,11 @@ def pyramid_projection(
     weights: Sequence[torch.Tensor],
     scales: Sequence[float],
     gate: str,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    pool_weight: torch.Tensor,
-    pool_bias: torch.Tensor,
+    projections: Projections,
     biases: Biases = (),
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C]; see `pyramid_projection_definition`."""
+    out_weight, out_bias, pool_weight, pool_bias = projections
     pyramid = gated_pyramid(u, weights, scales, gate, biases)
     mean = x.mean(dim=(1, 2), keepdim=True).to(u.dtype)
     context = F.linear(mean, pool_weight, pool_bias)
@@ -89,8 +87,8 @@ def gated_pyramid_backward(
 ) -> list[torch.Tensor]:
     """gradient [B, H, W, S · h/2] → gradients of u [B, H, W, h], every kernel [k, k, h], bias [h].
 
-    All is computed again from u; `out`, if given, receives the pyramid on the way. Operators of
-    torch's own backward are called by name: inside an operator, autograd is switched off.
+    Everything is recomputed from u; `out`, if given, receives the pyramid. torch's own backward
+    operators are called by name, because autograd is off inside an operator.
     """
     aten, (height, width) = torch.ops.aten, u.shape[1:3]
     half, size = u.shape[3] // 2, (height, width)
@@ -143,25 +141,17 @@ def pyramid_projection_backward(
     weights: Sequence[torch.Tensor],
     scales: Sequence[float],
     gate: str,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    pool_weight: torch.Tensor,
-    pool_bias: torch.Tensor,
+    projections: Projections,
     biases: Biases = (),
+    pyramid_backward: Callable[..., list[torch.Tensor]] = gated_pyramid_backward,
 ) -> list[torch.Tensor]:
     """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, projections, kernels, biases.
 
-    Biases [h] are those that there are.
+    Biases [h] are those that are there. The products around `pyramid_backward` are torch's in any
+    case.
     """
-    arguments = (gradient, x, u, weights, scales, gate, out_weight, pool_weight, biases)
-    return projection_backward(gated_pyramid_backward, *arguments)
-
-
-def projection_backward(
-    pyramid_backward, gradient, x, u, weights, scales, gate, out_weight, pool_weight, biases
-) -> list[torch.Tensor]:
-    """The matrix products around a pyramid's backward pass, whoever computes that."""
     batch, _, _, dim = x.shape
+    out_weight, pool_weight = projections.out_weight, projections.pool_weight
     rows = gradient.reshape(-1, dim)
     pyramid = torch.empty(*u.shape[:3], out_weight.shape[1], dtype=u.dtype, device=u.device)
     to_pyramid = (rows @ out_weight).view_as(pyramid)

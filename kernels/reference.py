@@ -1,6 +1,7 @@
 """The heavy step of a ΔConvBlock in torch operators: the definition every kernel must meet."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,15 @@ GATES = ("scaled", "sigmoid")
 
 # The depthwise bias [h] of every scale, None where a scale has none; () where no scale has one.
 Biases = Sequence[torch.Tensor | None]
+
+
+class Projections(NamedTuple):
+    """The linear layers of a block behind its pyramid, S scales: `out` and `pool`."""
+
+    out_weight: torch.Tensor  # [C, S · h/2]
+    out_bias: torch.Tensor  # [C]
+    pool_weight: torch.Tensor  # [C, C]
+    pool_bias: torch.Tensor  # [C]
 
 
 def pooled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -38,9 +48,9 @@ def gated_pyramid_definition(
 ) -> torch.Tensor:
     """u [B, H, W, h], one depthwise kernel [k, k, h] per scale → [B, H, W, len(scales) · h/2].
 
-    Each scale pools u to its size, convolves every channel alone (zero padding), adds its bias [h]
-    if it has one, gates one half of the channels with the other, and is brought back to H × W
-    bilinearly; the scales are concatenated. `biases` has an entry per scale, or none at all.
+    Per scale: u is pooled, every channel convolved alone (zero padding), the scale's bias [h] added
+    if it has one, one half of the channels gated with the other, the result upsampled bilinearly to
+    H × W; the scales are concatenated. `biases` has an entry per scale, or none at all.
     Source: arXiv 2504.21292, the pyramid of gated convolutions.
     """
     height, width = u.shape[1:3]
@@ -64,17 +74,15 @@ def pyramid_projection_definition(
     weights: Sequence[torch.Tensor],
     scales: Sequence[float],
     gate: str,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    pool_weight: torch.Tensor,
-    pool_bias: torch.Tensor,
+    projections: Projections,
     biases: Biases = (),
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C].
 
-    The gated pyramid of u through `out` [C, S · h/2], plus the mean of x over H, W through `pool`
-    [C, C]. `weights` are the pyramid's kernels [k, k, h], `biases` theirs [h].
+    The gated pyramid of u through `out`, plus the mean of x over H, W through `pool`. `weights` are
+    the pyramid's kernels [k, k, h], `biases` theirs [h].
     """
+    out_weight, out_bias, pool_weight, pool_bias = projections
     pyramid = gated_pyramid_definition(u, weights, scales, gate, biases)
     context = F.linear(x.mean(dim=(1, 2), keepdim=True), pool_weight, pool_bias)
     return F.linear(pyramid, out_weight, out_bias) + context

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..eager import projection_backward
-from ..reference import Biases
+from .. import eager
+from ..reference import Biases, Projections
 from .forward import aligned, shape_of
 from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
 from .launch import Launch
@@ -181,15 +181,9 @@ def pyramid_projection_backward(
     weights: Sequence[torch.Tensor],
     scales: Sequence[float],
     gate: str,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    pool_weight: torch.Tensor,
-    pool_bias: torch.Tensor,
+    projections: Projections,
     biases: Biases = (),
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, projections, kernels, biases.
-
-    Biases [h] are those that there are.
-    """
-    arguments = (gradient, x, u, weights, scales, gate, out_weight, pool_weight, biases)
-    return projection_backward(gated_pyramid_backward, *arguments)
+    """As `eager.pyramid_projection_backward`, around the pyramid's gradients in Triton."""
+    arguments = (gradient, x, u, weights, scales, gate, projections, biases)
+    return eager.pyramid_projection_backward(*arguments, pyramid_backward=gated_pyramid_backward)

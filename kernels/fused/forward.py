@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..reference import Biases
+from ..reference import Biases, Projections
 from .plan import Shape, Tensors, plan_forward
 
 
@@ -80,27 +80,22 @@ def pyramid_projection(
     weights: Sequence[torch.Tensor],
     scales: Sequence[float],
     gate: str,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    pool_weight: torch.Tensor,
-    pool_bias: torch.Tensor,
+    projections: Projections,
     biases: Biases = (),
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C] in four launches.
 
     See `pyramid_projection_definition`.
     """
-    refuse_gradient(x, u, *weights, out_weight, out_bias, pool_weight, pool_bias, *biases)
+    refuse_gradient(x, u, *weights, *projections, *biases)
     x, u, weights = aligned(x), aligned(u), [aligned(weight) for weight in weights]
-    out_weight, pool_weight = aligned(out_weight), aligned(pool_weight)
-    pool_bias, out_bias = aligned(pool_bias), aligned(out_bias)
+    projections = Projections._make([aligned(tensor) for tensor in projections])
     batch, height, width, dim = x.shape
     plan = plan_forward(shape_of(u, weights, scales, gate, biases), dim, x.dtype)
     memory, buffers = plan.memory(u.device)
     result = torch.empty(batch, height, width, dim, dtype=u.dtype, device=u.device)
     kernels = (*three(weights), *three_biases(biases))
-    linear = (out_weight, out_bias, pool_weight, pool_bias)
-    tensors = Tensors(u, x, *kernels, *linear, result, *buffers)
+    tensors = Tensors(u, x, *kernels, *projections, result, *buffers)
     plan.pool(tensors)
     plan.convolve(tensors)
     plan.upsample(tensors)
@@ -111,5 +106,5 @@ def pyramid_projection(
     tokens, rows = pyramid.view(batch, height * width, -1), result.view(batch, height * width, dim)
     for image in range(batch):
         bias = context[image].to(u.dtype)
-        torch.addmm(bias, tokens[image], out_weight.t(), out=rows[image])
+        torch.addmm(bias, tokens[image], projections.out_weight.t(), out=rows[image])
     return result

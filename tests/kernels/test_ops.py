@@ -67,31 +67,25 @@ def test_torch_forms_meet_the_definition(dtype, biased, **shape):
 def test_gradients_of_the_operators(scales, gate, biased):
     case = Case(1, 4, 3, 8, 3, scales, gate, biased)
     x, u, *rest = (t.requires_grad_() for t in accuracy.make_inputs(case, torch.float64, "cpu"))
-    linear, kernels = rest[:4], rest[4:]
-    levels, bits = len(scales), sum(1 << level for level in biased)
+    rest_of_call = (list(scales), gate, sum(1 << level for level in biased))
 
-    def pyramid(u, *tensors):
-        weights, biases = list(tensors[:levels]), list(tensors[levels:])
-        return custom_ops.gated_pyramid(u, weights, list(scales), gate, biases, bits)
+    def pyramid(*tensors):
+        return custom_ops.gated_pyramid(list(tensors), *rest_of_call)
 
-    def projection(x, u, *tensors):
-        linear, weights, biases = tensors[:4], tensors[4 : 4 + levels], tensors[4 + levels :]
-        return custom_ops.pyramid_projection(
-            x, u, list(weights), list(scales), gate, *linear, list(biases), bits
-        )
+    def projection(*tensors):
+        return custom_ops.pyramid_projection(list(tensors), *rest_of_call)
 
-    assert torch.autograd.gradcheck(pyramid, (u, *kernels))
-    assert torch.autograd.gradcheck(projection, (x, u, *linear, *kernels))
+    assert torch.autograd.gradcheck(pyramid, (u, *rest[4:]))
+    assert torch.autograd.gradcheck(projection, (x, u, *rest))
 
 
 @pytest.mark.parametrize("biased", [(), (1,)], ids=["plain", "biased"])
 def test_torch_accepts_the_operators(biased):
     case = Case(2, 5, 4, 8, 3, biased=biased)
     x, u, *rest = (t.requires_grad_() for t in accuracy.make_inputs(case, torch.float32, "cpu"))
-    arguments, biases = (rest[4:6], list(case.scales), case.gate), (rest[6:], 2 * len(biased))
-    torch.library.opcheck(torch.ops.deltaconv.gated_pyramid.default, (u, *arguments, *biases))
-    arguments = (x, u, *arguments, *rest[:4], *biases)
-    torch.library.opcheck(torch.ops.deltaconv.pyramid_projection.default, arguments)
+    call = (list(case.scales), case.gate, 2 * len(biased))
+    torch.library.opcheck(torch.ops.deltaconv.gated_pyramid.default, ([u, *rest[4:]], *call))
+    torch.library.opcheck(torch.ops.deltaconv.pyramid_projection.default, ([x, u, *rest], *call))
 
 
 def test_compiling_sees_one_operator_and_no_break():
@@ -318,7 +312,7 @@ def test_self_test_says_what_is_wrong(monkeypatch):
 # In a process of its own: here the kernels may already stand for their interpreted selves.
 COMPILE = """
 import sys, torch
-from comfyui_deltaconv.kernels import ahead
+from comfyui_deltaconv.kernels import compile_ahead
 from comfyui_deltaconv.kernels.accuracy import Case
 gate, dtype, target = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
 biased = (0, 1) if gate == "sigmoid" else ()
@@ -355,7 +349,7 @@ def test_every_kernel_compiles_for_devices_that_are_not_here(gate, dtype, target
 
 PROJECTIONS = """
 import sys, torch
-from comfyui_deltaconv.kernels import ahead
+from comfyui_deltaconv.kernels import compile_ahead
 target, done = sys.argv[1], set()
 for case in compile_ahead.CASES.values():
     for launch in compile_ahead.launches(case, torch.float16, False, compile_ahead.SHARED[target]):
