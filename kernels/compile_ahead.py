@@ -90,11 +90,10 @@ def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
 def _resources(asm) -> tuple[int | None, int | None]:
     """Registers and spilled bytes of one thread, from the compiler's output."""
     if "amdgcn" in asm:
-        found = [
-            re.search(rf"\.{key}:\s*(\d+)", asm["amdgcn"])
-            for key in ("vgpr_count", "vgpr_spill_count")
-        ]
-        return int(found[0][1]), 4 * int(found[1][1])
+        # Spills are counted in registers of four bytes.
+        pattern = r"\.vgpr_count:\s*(\d+)\s*\.vgpr_spill_count:\s*(\d+)"
+        found = re.search(pattern, asm["amdgcn"])
+        return (int(found[1]), 4 * int(found[2])) if found else (None, None)
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -119,10 +118,7 @@ def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None
     sizes = (case.batch, case.height, case.width, case.dim // 2, case.kernel_size)
     biased = sum(1 << level for level in case.biased)
     shape = Shape(*sizes, case.scales, case.gate, dtype, torch.device("cpu"), biased)
-    forward = plan_forward(shape, case.dim, dtype, shared)
-    yield from (forward.pool, forward.convolve, forward.upsample)
-    if forward.project:
-        yield forward.project
+    yield from plan_forward(shape, case.dim, dtype, shared).launches
     if gradients:
         yield from plan_level(shape, 0, True)[:3]
         down, unpool = plan_resampling(shape)

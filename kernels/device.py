@@ -17,9 +17,8 @@ def default_device() -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """What a person calls the device."""
-    module = getattr(torch, device.type, None)
     if device.type in ("cuda", "xpu"):
-        return module.get_device_name(device)
+        return getattr(torch, device.type).get_device_name(device)
     return device.type.upper()
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -77,11 +77,10 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
     return graph.replay
 
 
-def extra_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes at the call's peak beyond what was there before and what it returns (CUDA).
-
-    The call returns a tensor or several.
-    """
+def extra_memory(
+    call: Callable[[], torch.Tensor | Sequence[torch.Tensor]], device: torch.device
+) -> int:
+    """Bytes at the call's peak beyond what was there before and what it returns (CUDA)."""
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

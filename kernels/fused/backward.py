@@ -129,24 +129,25 @@ def gated_pyramid_backward(
     forward = plan_forward(shape, None, None)
     down, unpool = plan_resampling(shape)
     options = {"dtype": u.dtype, "device": u.device}
-    nothing, keep = weights[0], out is not None
+    nothing = weights[0]
+    pyramid = nothing if out is None else out
 
     low = torch.empty(shape.low_positions * shape.channels, **options)
     gated_low = torch.empty(shape.low_positions * shape.half, **options)
     # The forward pass's tensors, of which only u, both low maps and the pyramid are used.
     tensors = Tensors(*[nothing] * len(Tensors._fields))
-    tensors = tensors._replace(u=u, low=low, gated_low=gated_low, pyramid=out if keep else nothing)
+    tensors = tensors._replace(u=u, low=low, gated_low=gated_low, pyramid=pyramid)
     if forward.pool is not None:
         forward.pool(tensors)
     to_u = torch.empty_like(u)
     to_low = torch.empty_like(low)
     to_weights, to_biases, start = [], [], 0
     for index, (rows, columns) in enumerate(shape.sizes):
-        through, to_input, to_kernel, strips = plan_level(shape, index, keep)
+        through, to_input, to_kernel, strips = plan_level(shape, index, out is not None)
         positions, k = shape.batch * rows * columns, shape.kernel_size
         bias = biases[index] if biases else None
         if index == 0:
-            source, to_source, upstream, gated = u, to_u, gradient, tensors.pyramid
+            source, to_source, upstream, gated = u, to_u, gradient, pyramid
         else:
             here = slice(start * shape.channels, (start + positions) * shape.channels)
             source, to_source = low[here], to_low[here]
@@ -169,7 +170,7 @@ def gated_pyramid_backward(
             to_biases.append(total[-1].clone())
     if unpool is not None:
         unpool(Pooled(to_low, to_u))
-    if keep and forward.upsample is not None:
+    if out is not None and forward.upsample is not None:
         forward.upsample(tensors)
     return [to_u, *to_weights, *to_biases]
 

@@ -235,7 +235,7 @@ def gated_kernel(
                 columns,
                 channels,
                 shifts,
-                False,
+                False,  # pyrefly: ignore[bad-argument-type]: Triton takes it as a constexpr
                 BIASED,
                 K,
                 ROWS,

@@ -15,18 +15,23 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def three(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The kernels and, for levels that the pyramid lacks, the first one again."""
-    return [*tensors, tensors[0], tensors[0]][:3]
+def three(
+    tensors: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernels, the first one again for levels that the pyramid lacks."""
+    first, second, third = [*tensors, tensors[0], tensors[0]][:3]
+    return first, second, third
 
 
-def three_biases(biases: Biases) -> Sequence[torch.Tensor | None]:
-    """The biases, with any one in place of those that are not there; None without any."""
-    if not biases:
+def three_biases(
+    biases: Biases,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The biases, any of them in place of a missing one; None without any."""
+    present = [aligned(bias) for bias in biases if bias is not None]
+    if not present:
         return None, None, None
-    present = [None if bias is None else aligned(bias) for bias in biases]
-    other = next(bias for bias in present if bias is not None)
-    return [other if bias is None else bias for bias in [*present, None, None][:3]]
+    rest = iter(present)
+    return three([present[0] if bias is None else next(rest) for bias in biases])
 
 
 def shape_of(
@@ -36,7 +41,9 @@ def shape_of(
     biased = 0
     for level, bias in enumerate(biases):
         biased |= (bias is not None) << level
-    return Shape(*u.shape, weights[0].shape[0], tuple(scales), gate, u.dtype, u.device, biased)
+    batch, height, width, channels = u.shape
+    sizes = (batch, height, width, channels, weights[0].shape[0])
+    return Shape(*sizes, tuple(scales), gate, u.dtype, u.device, biased)
 
 
 def refuse_gradient(*tensors: torch.Tensor | None) -> None:
@@ -62,14 +69,12 @@ def gated_pyramid(
     plan = plan_forward(shape, None, None)
     memory, buffers = plan.memory(u.device)
     out = torch.empty(*u.shape[:3], len(weights) * shape.half, dtype=u.dtype, device=u.device)
-    nothing = [weights[0]] * 5
-    kernels = (*three(weights), *three_biases(biases))
-    tensors = Tensors(u, weights[0], *kernels, *nothing, *buffers, out)
-    if plan.pool is not None:
-        plan.pool(tensors)
-    plan.convolve(tensors)
-    if plan.upsample is not None:
-        plan.upsample(tensors)
+    nothing = weights[0]
+    absent = Projections(nothing, nothing, nothing, nothing)
+    kernels, added = three(weights), three_biases(biases)
+    tensors = Tensors(u, nothing, *kernels, *added, *absent, nothing, *buffers[:-1], out)
+    for launch in plan.launches:
+        launch(tensors)
     del memory
     return out
 
@@ -94,13 +99,11 @@ def pyramid_projection(
     plan = plan_forward(shape_of(u, weights, scales, gate, biases), dim, x.dtype)
     memory, buffers = plan.memory(u.device)
     result = torch.empty(batch, height, width, dim, dtype=u.dtype, device=u.device)
-    kernels = (*three(weights), *three_biases(biases))
-    tensors = Tensors(u, x, *kernels, *projections, result, *buffers)
-    plan.pool(tensors)
-    plan.convolve(tensors)
-    plan.upsample(tensors)
+    kernels, added = three(weights), three_biases(biases)
+    tensors = Tensors(u, x, *kernels, *added, *projections, result, *buffers)
+    for launch in plan.launches:
+        launch(tensors)
     if plan.project is not None:
-        plan.project(tensors)
         return result
     context, pyramid = (plan.buffers[name].of(memory) for name in ("context", "pyramid"))
     tokens, rows = pyramid.view(batch, height * width, -1), result.view(batch, height * width, dim)

@@ -64,7 +64,7 @@ def gate_gradient_kernel(
             columns,
             channels,
             shifts,
-            False,
+            False,  # pyrefly: ignore[bad-argument-type]: Triton takes it as a constexpr
             BIASED,
             K,
             ROWS,
@@ -113,6 +113,7 @@ def input_gradient_kernel(
     total = correlate(
         convolved + positions * channels,
         *(weight, weight, False, row, column, channel, inside, rows, columns, channels, shifts),
+        # pyrefly: ignore[bad-argument-type]: Triton takes True and False as constexprs
         *(True, False, K, ROWS),
     )
     offsets = column[:, None] * channels + channel[None, :]

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from operator import itemgetter
+from typing import Any
 
 import torch
 
@@ -82,7 +83,9 @@ class Launch:
             return None
         from triton.runtime import driver
 
-        stream_of, index = driver.active.get_current_stream, device.index or 0
+        # Any: Triton's base class of drivers has no streams.
+        active: Any = driver.active
+        stream_of, index = active.get_current_stream, device.index or 0
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
         programs, pick, tail = self.programs, self._pick, self.tail
 

@@ -152,33 +152,43 @@ class Tensors(NamedTuple):
     pyramid: torch.Tensor | int
 
 
-class Forward(NamedTuple):
-    """The launches of a forward pass; those that the call does not need are None.
+class Workspace(NamedTuple):
+    """The last fields of `Tensors`: the working memory of a forward pass."""
 
-    `buffers` are the last fields of `Tensors`, in its order; without a projection the last one,
-    the pyramid, is the result and no buffer.
+    low: torch.Tensor | int
+    gated_low: torch.Tensor | int
+    partial: torch.Tensor | int
+    mean: torch.Tensor | int
+    context: torch.Tensor | int
+    pyramid: torch.Tensor | int
+
+
+class Forward(NamedTuple):
+    """The launches of a forward pass, in order, and three of them by name where they are needed.
+
+    `buffers` are those of `Workspace`; without a projection the pyramid is the result, and empty
+    here.
     """
 
+    launches: tuple[Launch, ...]
     pool: Launch | None
-    convolve: Launch
     upsample: Launch | None
     project: Launch | None
     buffers: Mapping[str, Buffer]
     starts: tuple[int, ...]
     size: int
 
-    def memory(self, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor | int]]:
-        """Working memory, which is to outlive the launches, and the buffers in it.
+    def memory(self, device: torch.device) -> tuple[torch.Tensor, Workspace]:
+        """Working memory, to be kept alive until the launches are queued, and the buffers in it.
 
-        As addresses once every launch takes them: a tensor for each would keep the host busy for
-        longer than the launches run.
+        Addresses once every launch takes them: making a tensor for each takes the host longer than
+        the launches run.
         """
         memory = torch.empty(self.size, dtype=torch.uint8, device=device)
-        launches = self[:4]
-        if all([launch is None or launch.ready for launch in launches]):
+        if all([launch.ready for launch in self.launches]):
             start = memory.data_ptr()
-            return memory, [start + offset for offset in self.starts]
-        return memory, [buffer.of(memory) for buffer in self.buffers.values()]
+            return memory, Workspace._make([start + offset for offset in self.starts])
+        return memory, Workspace._make([buffer.of(memory) for buffer in self.buffers.values()])
 
 
 @lru_cache(maxsize=256)
@@ -231,18 +241,18 @@ def plan_forward(
     if dim and shape.dtype in (torch.float16, torch.bfloat16):
         product = projection_tile(batch, tokens, dim, shared or shared_memory(shape.device))
         project = plan_projection(batch, tokens, half * levels, dim, product)
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "low": (shape.low_positions * channels,),
         "gated_low": (shape.low_positions * half,),
         "partial": (batch, chunks, wide),
         "mean": (batch, wide),
         "context": (batch, wide),
+        "pyramid": (batch if dim else 0, shape.height, shape.width, levels * half),
     }
-    if dim:
-        shapes["pyramid"] = (batch, shape.height, shape.width, levels * half)
     buffers, size = arrange(shapes, shape.dtype)
     starts = tuple(buffer.start for buffer in buffers.values())
-    return Forward(pool, convolve, upsample, project, buffers, starts, size)
+    launches = tuple(launch for launch in (pool, convolve, upsample, project) if launch)
+    return Forward(launches, pool, upsample, project, buffers, starts, size)
 
 
 def exact_span(shape: Shape, size: tuple[int, int]) -> int:
