@@ -52,7 +52,7 @@ def compiled_for(launch, dtype: torch.dtype, target: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from .fused.plan import WIDE
+    from .fused.workspace import WIDE
 
     signature, constants, attributes = {}, dict(launch.constants), {}
     for name in launch.tensors:

@@ -1,4 +1,4 @@
-"""The backward pass in Triton: everything but u and x is computed again, nothing else was saved."""
+"""The backward pass in Triton: only u and x were saved, everything else is recomputed."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,17 +12,17 @@ from ..reference import Biases, Projections
 from .forward import aligned, shape_of
 from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
 from .launch import Launch
-from .plan import Shape, Tensors, convolution_tile, levels_of, plan_forward
+from .plan import Shape, convolution_tile, levels_of, plan_forward
 from .pool import unpool_kernel
 from .upsample import downsample_kernel
+from .workspace import Tensors
 
 
 class Level(NamedTuple):
     """One level's tensors, as the kernels of its gradients name them; `bias` None without one.
 
-    `upstream` is the gradient of its gated map, `convolved` that of its convolution, `to_source`
-    that of its input; `partial` holds those of its kernel and bias, in strips. `pyramid` receives
-    the gated map where it is wanted.
+    Gradients: `upstream` of its gated map, `convolved` of its convolution, `to_source` of its
+    input, `partial` of its kernel and bias, in strips. `pyramid` receives the gated map on demand.
     """
 
     source: torch.Tensor
@@ -55,7 +55,7 @@ def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, La
     batch, channels, half, k = shape.batch, shape.channels, shape.half, shape.kernel_size
     rows, columns = size = shape.sizes[level]
     stride = half * len(shape.scales)
-    # The full level lives in the concatenated buffers, every lower one in a map of its own.
+    # The full level is a slice of the concatenated buffers, every lower one a separate map.
     strides = stride if level == 0 else half
     numbers = {"rows": rows, "columns": columns, "channels": channels, "shifts": k}
 
@@ -92,7 +92,7 @@ def plan_resampling(shape: Shape) -> tuple[list[Launch], Launch | None]:
     block = 32 if half % 32 == 0 else 16
     down = []
     for rows, columns in shape.sizes[1:]:
-        # Positions less than one coarse step away on either side hold a coarse position.
+        # A coarse position contributes to positions less than one coarse step away.
         reach_y, reach_x = ceil(2 * shape.height / rows), ceil(2 * shape.width / columns)
         numbers = {"batch": batch, "height": shape.height, "width": shape.width, "rows": rows}
         numbers |= {"columns": columns, "reach_y": reach_y, "reach_x": reach_x, "half": half}
@@ -119,13 +119,13 @@ def gated_pyramid_backward(
 ) -> list[torch.Tensor]:
     """gradient [B, H, W, S · h/2] → gradients of u [B, H, W, h], every kernel [k, k, h], bias [h].
 
-    `out` [B, H, W, S · h/2], if given, receives the pyramid itself, computed on the way.
+    `out` [B, H, W, S · h/2], if given, receives the pyramid itself.
     """
     gradient, u = aligned(gradient), aligned(u)
     weights = [aligned(weight) for weight in weights]
     biases = [None if bias is None else aligned(bias) for bias in biases]
     shape = shape_of(u, weights, scales, gate, biases)
-    # Only its pooling and upsampling run here, in which a bias has no part.
+    # Only its pooling and upsampling run here, which take no bias.
     forward = plan_forward(shape, None, None)
     down, unpool = plan_resampling(shape)
     options = {"dtype": u.dtype, "device": u.device}
@@ -134,7 +134,7 @@ def gated_pyramid_backward(
 
     low = torch.empty(shape.low_positions * shape.channels, **options)
     gated_low = torch.empty(shape.low_positions * shape.half, **options)
-    # The forward pass's tensors, of which only u, both low maps and the pyramid are used.
+    # Of these only u, both low maps and the pyramid are used.
     tensors = Tensors(*[nothing] * len(Tensors._fields))
     tensors = tensors._replace(u=u, low=low, gated_low=gated_low, pyramid=pyramid)
     if forward.pool is not None:
@@ -166,7 +166,7 @@ def gated_pyramid_backward(
         total = partial.sum(0).to(u.dtype)
         to_weights.append(total[: k * k].view(k, k, shape.channels))
         if bias is not None:
-            # A copy: results of an operator may not share memory.
+            # Copied: results of an operator may not share memory.
             to_biases.append(total[-1].clone())
     if unpool is not None:
         unpool(Pooled(to_low, to_u))

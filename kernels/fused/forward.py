@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from ..reference import Biases, Projections
-from .plan import Shape, Tensors, plan_forward
+from .plan import Shape, plan_forward
+from .workspace import Tensors
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor contiguous and on a 16-byte boundary, as every compiled kernel expects it."""
+    """The tensor, contiguous and 16-byte aligned, as compiled kernels expect it."""
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
@@ -47,7 +48,7 @@ def shape_of(
 
 
 def refuse_gradient(*tensors: torch.Tensor | None) -> None:
-    """Raises RuntimeError where autograd would silently lose the gradient of a bare launch."""
+    """Raises RuntimeError if a launch would silently lose a gradient."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             "Expected no gradient to be needed here, got a tensor that requires one. Call the op "

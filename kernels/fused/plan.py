@@ -1,9 +1,9 @@
-"""How one shape is cut into launches: tiles, grids and the integers the kernels take."""
+"""How a shape becomes launches: tiles, grids and the numbers that the kernels take."""
 
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from itertools import accumulate
-from math import ceil, prod
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from .launch import Launch
 from .pool import pool_kernel
 from .project import project_kernel
 from .upsample import upsample_kernel
+from .workspace import Buffer, Tensors, Workspace, arrange
 
-# About two programs for each of the 132 multiprocessors of a large GPU: with half as many, smaller
-# tiles fill it better than larger ones reuse.
+# About two programs for each of an H100's 132 multiprocessors. With half as many, small tiles that
+# occupy all of them beat large tiles that reuse more.
 FEW_PROGRAMS = 264
-# Programs that add up x: more would only leave more partial sums to add.
+# Programs that sum x: more of them only make more partial sums.
 SUM_PROGRAMS = 1024
 
 
@@ -86,88 +87,22 @@ def convolution_tile(batch: int, size: tuple[int, int], lanes: int) -> Tile:
 
 
 def padded_starts(counts: list[int], slots: int) -> list[int]:
-    """First program of every role, and behind the last: `slots` + 1 running totals of counts."""
+    """First program of every role, then the end of the last: `slots` + 1 running totals."""
     return [0, *accumulate(counts + [0] * (slots - len(counts)))]
 
 
 def levels_of(shape: Shape) -> dict[str, int]:
-    """Batch and the size of every level; levels that the pyramid lacks are 1 × 1."""
+    """Batch and the size of every level; missing levels are 1 × 1."""
     (height, width), (height1, width1), (height2, width2) = [*shape.sizes, (1, 1), (1, 1)][:3]
     sizes = {"batch": shape.batch, "height": height, "width": width}
     return sizes | {"height1": height1, "width1": width1, "height2": height2, "width2": width2}
 
 
-class Buffer(NamedTuple):
-    """A part of a plan's working memory: bytes from its start, shape and dtype."""
-
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, memory: torch.Tensor) -> torch.Tensor:
-        """This part of the memory as a tensor."""
-        size = prod(self.shape) * self.dtype.itemsize
-        return memory[self.start : self.start + size].view(self.dtype).view(self.shape)
-
-
-# The buffers that are fp32 whatever the dtype of u: sums over the whole map.
-WIDE = frozenset({"partial", "mean", "context"})
-
-
-def arrange(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[dict, int]:
-    """Shape by name → Buffer by name, each on a 256-byte boundary, and all their bytes."""
-    buffers, start = {}, 0
-    for name, shape in shapes.items():
-        kind = torch.float32 if name in WIDE else dtype
-        buffers[name] = Buffer(start, shape, kind)
-        start += 256 * ceil(prod(shape) * kind.itemsize / 256)
-    return buffers, start
-
-
-class Tensors(NamedTuple):
-    """Everything that a forward pass reads and writes, as its kernels name it.
-
-    The last six are its working memory, tensors, or addresses once every launch is ready. Kernels
-    take every pointer: what stands in for a tensor that is not there is never read.
-    """
-
-    u: torch.Tensor
-    x: torch.Tensor
-    weight0: torch.Tensor
-    weight1: torch.Tensor
-    weight2: torch.Tensor
-    bias0: torch.Tensor | None
-    bias1: torch.Tensor | None
-    bias2: torch.Tensor | None
-    out_weight: torch.Tensor
-    out_bias: torch.Tensor
-    pool_weight: torch.Tensor
-    pool_bias: torch.Tensor
-    result: torch.Tensor
-    low: torch.Tensor | int
-    gated_low: torch.Tensor | int
-    partial: torch.Tensor | int
-    mean: torch.Tensor | int
-    context: torch.Tensor | int
-    pyramid: torch.Tensor | int
-
-
-class Workspace(NamedTuple):
-    """The last fields of `Tensors`: the working memory of a forward pass."""
-
-    low: torch.Tensor | int
-    gated_low: torch.Tensor | int
-    partial: torch.Tensor | int
-    mean: torch.Tensor | int
-    context: torch.Tensor | int
-    pyramid: torch.Tensor | int
-
-
 class Forward(NamedTuple):
-    """The launches of a forward pass, in order, and three of them by name where they are needed.
+    """The launches of a forward pass in order; three of them by name, None where not needed.
 
-    `buffers` are those of `Workspace`; without a projection the pyramid is the result, and empty
-    here.
+    `buffers` are those of `Workspace`. Without a projection the pyramid is the result, and its
+    buffer empty.
     """
 
     launches: tuple[Launch, ...]
@@ -197,8 +132,8 @@ def plan_forward(
 ) -> Forward:
     """Shape of u, C and dtype of x → launches; without x the pyramid alone, no context.
 
-    `x_dtype` only keeps plans apart: each holds kernels compiled for its dtypes. `shared` is how
-    much shared memory a program may take, where the device is not here to say it.
+    `x_dtype` is part of the key only: a plan holds kernels compiled for its dtypes. `shared`: bytes
+    of shared memory per program, for a device that cannot be asked.
     """
     batch, channels, half, levels = shape.batch, shape.channels, shape.half, len(shape.scales)
     lengths, lower = levels_of(shape), shape.sizes[1:]
@@ -237,7 +172,7 @@ def plan_forward(
         upsample = plan_upsampling(shape, dim)
 
     project = None
-    # Triton's product is for the tensor cores; in fp32 the vendor's library is the better one.
+    # Triton's product is for tensor cores; in fp32 the vendor's library is faster.
     if dim and shape.dtype in (torch.float16, torch.bfloat16):
         product = projection_tile(batch, tokens, dim, shared or shared_memory(shape.device))
         project = plan_projection(batch, tokens, half * levels, dim, product)
@@ -256,7 +191,7 @@ def plan_forward(
 
 
 def exact_span(shape: Shape, size: tuple[int, int]) -> int:
-    """n where every pooled position is the mean of n × n others, 0 where windows differ."""
+    """n if every pooled position is the mean of n × n others, 0 if windows differ in size."""
     for span in (2, 3, 4):
         if (shape.height, shape.width) == (span * size[0], span * size[1]):
             return span
@@ -294,8 +229,8 @@ class ProjectionTile(NamedTuple):
         return 2 * (self.tokens + self.outputs) * self.inner * self.stages
 
 
-# With the fewest programs each must have: fewer would leave multiprocessors without work, so the
-# next smaller one is taken. Measured on an H100 at the published shapes.
+# Tiles with the fewest programs that keep all multiprocessors busy; below that the next smaller
+# tile is used. Measured on an H100 at the published shapes.
 PROJECTION_TILES = (
     (512, ProjectionTile(128, 128, 64, 4, 3)),
     (64, ProjectionTile(64, 128, 64, 4, 3)),
@@ -305,7 +240,7 @@ NARROW_TILE = ProjectionTile(128, 64, 32, 4, 3)
 
 
 def projection_tile(batch: int, tokens: int, dim: int, shared: int) -> ProjectionTile:
-    """The largest tile that fits `shared` memory, wastes no outputs and gives enough programs."""
+    """The largest tile that fits `shared` memory, divides the outputs and gives enough programs."""
     if dim % 128 == 0:
         for fewest, tile in PROJECTION_TILES:
             programs = batch * ceil(tokens / tile.tokens) * ceil(dim / tile.outputs)
@@ -316,7 +251,7 @@ def projection_tile(batch: int, tokens: int, dim: int, shared: int) -> Projectio
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory one program may take; 48 KiB where the device does not say."""
+    """Bytes of shared memory one program may take; 48 KiB if the device does not report it."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 48 * 1024
     properties = torch.cuda.get_device_properties(device)

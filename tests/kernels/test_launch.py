@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed for this system")
 from comfyui_deltaconv.kernels.fused import launch
 from comfyui_deltaconv.kernels.fused.launch import Launch
+from comfyui_deltaconv.kernels.fused.workspace import Tensors, Workspace
 
 
 class Compiled:
@@ -75,6 +76,10 @@ def test_arguments_arrive_in_the_kernels_order():
 def test_names_that_the_kernel_lacks_are_refused(numbers, constants):
     with pytest.raises(TypeError, match=r"Expected the arguments .*'source', 'target', 'rows'"):
         made(Kernel(unknown), numbers, constants)
+
+
+def test_the_workspace_is_the_end_of_the_tensors():
+    assert Tensors._fields[-len(Workspace._fields) :] == Workspace._fields
 
 
 def test_an_unknown_launcher_leaves_the_public_call():
