@@ -1,9 +1,9 @@
-"""Whether a contender is right at the very shape at which it is to be timed.
+"""Checks a contender at the shape at which it is to be timed.
 
-Float64 is the yardstick: everywhere on small maps, on larger ones in windows at the corners, where
-tiles and index ranges end, and in the middle. Between the windows every tile of a block's map is
-held against torch's operators in the same dtype, and so are gradients; their own distance from
-float64, at a size that affords it, says how far apart two right ones can be.
+Small maps are compared with float64 everywhere, larger ones in windows: at the corners, where tiles
+and index ranges end, and in the middle. Between the windows every tile of a block's map, and every
+gradient, is compared with torch's operators in the same dtype; the errors of both against float64
+on a small map say how much two correct results may differ.
 """
 
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ from ..kernels.accuracy import NAMES, Error, distance
 from .contenders import BLOCKS, Contender
 from .shapes import Row, Window, side_of
 
-# Sides up to this are compared everywhere, larger ones in windows that wide.
+# Maps up to this side are compared everywhere, larger ones in windows of this width.
 WHOLE, WINDOW = 32, 16
 # Tiles of a map between the windows, and how many tokens are compared at a time.
 TILE, CHUNK = 16, 2**16
-# A side at which a gradient in float64 takes no time.
+# A side at which a gradient in float64 is quick.
 SMALL_SIDE = 20
-# How many times their errors two right results may differ, one tile or tensor from the other.
+# Two correct results may differ, per tile or tensor, by this multiple of their errors.
 FACTOR = 8
 
 
 def random_input(
     row: Row, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> torch.Tensor:
-    """x [batch, tokens, C] of the size that follows a norm."""
+    """x [batch, tokens, C], standard normal as after a norm."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (batch, row.tokens, row.dim)
     return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
 def windows(side: int) -> list[Window]:
-    """Where a map of that side is compared with float64."""
+    """The windows of a map of that side that are compared with float64."""
     # Half-resolution cells of an odd map straddle any crop.
     if side <= WHOLE or side % 2:
         return [Window(0, 0, side)]
@@ -55,7 +55,7 @@ def forward_error(contender: Contender, x: torch.Tensor, value: torch.Tensor) ->
 
 @torch.no_grad()
 def tiles_apart(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Two maps [B, N, C] → the worst tile's root mean square difference, over that of reference."""
+    """Maps [B, N, C] → root mean square difference of the worst tile, over that of reference."""
     difference, size = [], 0.0
     for a, b in zip(value.split(CHUNK, 1), reference.split(CHUNK, 1), strict=True):
         difference.append((a.float() - b.float()).square().mean(-1))
@@ -73,11 +73,12 @@ def forward_problem(
     dtype: torch.dtype,
     apart: float | None = None,
 ) -> str | None:
-    """What is wrong with a result of that error, `apart` from torch's tile by tile; None if right.
+    """What is wrong with a result, or None.
 
-    `own` is torch's own error. Written so that a NaN is a failure.
+    `error` and torch's `own` are against float64, `apart` is the difference between the two
+    (`tiles_apart`). Comparisons are written so that NaN fails.
     """
-    # Whatever is not our block has no other implementation beside it to be held against.
+    # What is not a block has no second implementation to compare with.
     right = error.worst <= 32 * torch.finfo(dtype).eps
     if name in BLOCKS and own is not None:
         right = right and error.within(own, dtype)
@@ -99,7 +100,7 @@ def gradients(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> 
 def gradient_errors(
     make, row: Row, batch: int, dtype: torch.dtype, device: torch.device
 ) -> list[Error]:
-    """Every gradient's distance from float64, of a contender that `make` builds, on a small map."""
+    """Every gradient's error against float64, of what `make` builds, on a small map."""
     row = row._replace(side=min(row.side, SMALL_SIDE))
     contender = make(row, dtype, device)
     x = random_input(row, batch, dtype, device)
@@ -120,10 +121,10 @@ def gradient_problem(
     reference: Sequence[torch.Tensor],
     dtype: torch.dtype,
 ) -> str | None:
-    """Which gradient is wrong; None if none is.
+    """Which gradient is wrong, or None.
 
-    `errors` and torch's `own` are from a small map, `found` and torch's `reference` from the map
-    that is to be timed.
+    `errors` and torch's `own` come from a small map, `found` and torch's `reference` from the timed
+    one.
     """
     unit = torch.finfo(dtype).eps
     names = ["x", "up_weight", "up_bias", *NAMES[2:]]

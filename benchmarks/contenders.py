@@ -1,7 +1,7 @@
-"""What is compared: self-attention, LinFusion's attention, and the ΔConvBlock in four ways.
+"""What is compared: self-attention, LinFusion's attention, and the ΔConvBlock in four forms.
 
-Every contender is a function x [B, N, C] → [B, N, C] with random weights of its own; beside it
-stands the same function in float64, so that a wrong one is caught before it is timed.
+A contender is a function x [B, N, C] → [B, N, C] with random weights, and the same function in
+float64 to check it before it is timed.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Contender(NamedTuple):
-    """`run` is timed; `exact`, in float64, is what it should give; their tensors are the weights.
+    """`run` is timed, `exact` computes the same in float64; their tensors are the weights.
 
-    `at(x, window)` is `exact` in one window of a map that is too large for all of it. `tune(x)`,
-    where there is one, settles how this shape is run, before it is timed, and says what it chose.
+    `at(x, window)` is `exact` in one window of a map that is too large to compute whole. `tune(x)`,
+    if given, chooses how to run this shape, before timing, and returns its choice.
     """
 
     run: Function
@@ -34,12 +34,12 @@ class Contender(NamedTuple):
     tune: Callable[[torch.Tensor], object] | None = None
 
 
-# Tokens that are widened to float64 at a time.
+# Tokens converted to float64 at a time.
 CHUNK = 2**16
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 is computed: many devices have none."""
+    """Where float64 is computed: many devices lack it."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def at(self, x: torch.Tensor, window: Window) -> torch.Tensor:
-        """x [B, N, C] → what the window's queries get, [B, side², C] in the weights' dtype."""
+        """x [B, N, C] → the window's results [B, side², C] in the weights' dtype."""
         results = []
         for image in x.to(self.to_out.weight.device).split(1):
             image = image.to(self.to_out.weight)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 class LinFusion(Attention):
     """LinFusion's linear attention, from its formula: q·(kᵀv/n) / (q·mean(k) + 1e-4).
 
-    The product is divided by n and not v, which would leave fp16's range on large maps.
+    The product is divided by n, not v: v / n leaves fp16's range on large maps.
     """
 
     def __init__(self, row: Row):
@@ -124,7 +124,7 @@ def _module(make, row: Row, dtype: torch.dtype, device: torch.device) -> Contend
 
 
 def from_torch(channels_last: bool):
-    """The block out of torch's operators, on NHWC or on NCHW memory."""
+    """The block in torch's operators, on NHWC or NCHW memory."""
 
     def gated_pyramid(u, weights, scales, gate):
         size = u.shape[1:3]
@@ -175,7 +175,7 @@ def _block(op, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
     case = Case(1, 1, 1, row.dim, row.kernel_size, SCALES, row.gate)
     _, _, *tensors = make_inputs(case, dtype, device)
     up = make_inputs(case._replace(dim=2 * row.dim), dtype, device, seed=1)[2]
-    # [2C, C] of another block serves as [h, C], and its first row as the bias.
+    # Rows of a weight [2C, C] serve as the up projection [h, C], one of them as its bias.
     tensors = [up[: row.dim // 2].contiguous(), up[0, : row.dim // 2].contiguous(), *tensors]
 
     def function(op, tensors):
@@ -190,7 +190,7 @@ def _block(op, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
     exact = [tensor.to(float64_device(device), torch.float64) for tensor in tensors]
 
     def at(x: torch.Tensor, window: Window) -> torch.Tensor:
-        # The half-resolution level reaches twice as far, and one cell more where it is upsampled.
+        # The half-resolution level reaches twice as far, plus one cell for the upsampling.
         crop, top, left = window.wider(x, 2 * (row.kernel_size // 2 + 1))
         up_weight, up_bias, out_weight, out_bias, *pool = exact[:6]
         u = F.linear(crop.to(up_weight), up_weight, up_bias)

@@ -1,7 +1,7 @@
-"""The demo student's blocks at 64 × 64 on the CPU: as they run now, and as they were first written.
+"""The demo student's blocks at 64 × 64 on the CPU: as they run now and as first written.
 
-What `benchmarks.layers --cpu-step` runs: all ten blocks of one step behind each other, in turns
-in one process, so that a busy machine is as busy for both.
+`benchmarks.layers --cpu-step` times all ten blocks of one step, both ways interleaved in one
+process, so that other load affects both alike.
 """
 
 import json

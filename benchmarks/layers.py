@@ -69,7 +69,7 @@ def run(
     chosen: Sequence[str],
     path: Path | None = None,
 ) -> dict:
-    """Everything that was chosen, as one JSON-ready report; prints and writes as it goes."""
+    """Measures the chosen sets → JSON-ready report; prints and writes as it goes."""
     start = time.monotonic()
     bandwidth, rate = copy_bandwidth(device), fp32_rate(device)
     about = environment(device) | {"copy_bytes_per_second": bandwidth, "fp32_per_second": rate}
@@ -94,7 +94,7 @@ def run(
             tried = [name for name in names if name not in too_long]
             result = measure(row, batch, dtype, device, tried, repeats)
             result["left_out"] |= too_long
-            # A sweep grows from row to row: what is too slow once would only get slower.
+            # A sweep grows from row to row, so what was too slow is not tried again.
             for name, reason in result["left_out"].items() if "sweep" in kind else ():
                 if reason.startswith((TOO_LONG.split("{")[0], "out of memory")):
                     too_long[name] = f"not tried: at {row.name} {reason}"
@@ -121,7 +121,7 @@ def run(
 
 
 def print_row(entry: dict) -> None:
-    """One line per contender set, one per contender that was left out."""
+    """A line with all times, one per tuned contender, one per contender left out."""
     name = f"{entry['group']} {entry['name']}".strip()
     cells = []
     for contender, eager in entry["eager"].items():

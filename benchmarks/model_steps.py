@@ -1,8 +1,8 @@
-"""Steps of one whole model, stock and with ΔConvBlocks, and with what core offers instead.
+"""Steps of one whole model: stock, with ΔConvBlocks, and with core's own alternatives.
 
-Weights are random: the time of a step and its memory do not depend on them. How many steps
-EasyCache skips does, so that its row says how many were computed. Everything is warmed up before
-anything is timed, and then all take turns over one loaded model.
+Weights are random: time and memory of a step do not depend on them. The number of steps that
+EasyCache skips does, so its row says how many were computed. Everything is warmed up before
+anything is timed; then all take turns over one loaded model.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from ..nodes.host.patch import attach, load_blocks
 from ..nodes.host.sites import find_sites
 
 STOCK, OURS = "stock", "deltaconv"
-# Seconds of a step that is measured three times only, and of one that is measured once.
+# Steps longer than this are measured three times only, and once.
 LONG_STEP, LONGEST_STEP = 0.5, 5.0
-# The UNets; HyperTile tiles their maps halved up to that often. At full resolution, which is
-# core's default, SDXL has no attention.
+# UNet → how often a map that HyperTile tiles may have been halved. At core's default, full
+# resolution only, SDXL has no attention.
 HYPERTILE_DEPTH = {"sd1": 0, "sdxl": 2}
 SAMPLED_STEPS, GUIDANCE = 20, 4.0
-# CLIP-G's, which SDXL reads beside the text.
+# Width of CLIP-G's pooled output, which SDXL reads beside the text.
 _POOLED = 1280
 
 Step = Callable[[], torch.Tensor]
@@ -45,7 +45,7 @@ def measure(
 ) -> dict:
     """One size: seconds of a step, bytes at its peak, and seconds of sampling, by variant.
 
-    A variant whose output is that of stock has no effect here; it gets a sentence, no time.
+    A variant whose output equals stock's has no effect; it gets a sentence instead of a time.
     """
     device = torch.device(patcher.load_device)
     step_of = _steps(family, pixels // 8, patcher, dtype, batch)
@@ -63,7 +63,7 @@ def measure(
         _warm_up(name, steps, outputs, entry, device)
     if STOCK in outputs:
         _leave_out_without_effect(steps, outputs, entry)
-    # Only now, so that no other variant's memory has the blocks in it.
+    # Attached last, so that the blocks do not count as another variant's memory.
     patched = with_blocks(family, patcher, dtype)
     comfy.model_management.load_models_gpu([patched, *patched.get_nested_additional_models()])
     steps[OURS] = step_of(patched)
@@ -81,7 +81,7 @@ def measure(
 
 
 def _steps(family: str, side: int, patcher, dtype, batch: int) -> Callable[[ModelPatcher], Step]:
-    """What makes a variant's step, all on the same random input."""
+    """A function from a variant to its step, all on the same random input."""
     device = patcher.load_device
     shape = (batch, patcher.model.latent_format.latent_channels, side, side)
     x = torch.randn(shape, dtype=dtype, device=device)
@@ -101,7 +101,7 @@ def _steps(family: str, side: int, patcher, dtype, batch: int) -> Callable[[Mode
 
 
 def instead(family: str, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
-    """Stock, and what core has for a single step; what does not load is left out."""
+    """Stock and core's alternatives for a single step, if they load."""
     found = {STOCK: patcher}
     if family not in HYPERTILE_DEPTH:
         return found
@@ -130,7 +130,7 @@ def with_blocks(family: str, patcher: ModelPatcher, dtype: torch.dtype) -> Model
 
 
 def _warm_up(name: str, steps: dict, outputs: dict, entry: dict, device: torch.device) -> None:
-    """Two calls: what compiles does so in the first, the second gives output and peak memory."""
+    """Two calls: the first compiles, the second gives output and peak memory."""
     try:
         steps[name]()
         if device.type == "cuda":
@@ -146,7 +146,7 @@ def _warm_up(name: str, steps: dict, outputs: dict, entry: dict, device: torch.d
 
 
 def _leave_out_without_effect(steps: dict, outputs: dict, entry: dict) -> None:
-    """A variant that is as near to stock as stock is to itself does nothing at this size."""
+    """Leaves out variants that differ from stock no more than two runs of stock do."""
 
     def apart(output: torch.Tensor) -> float:
         return (output.float() - outputs[STOCK].float()).abs().max().item()
@@ -168,7 +168,7 @@ def _in_turns(steps: dict, patched: ModelPatcher, device, repeats: int) -> dict:
         if done > (1 if slowest > LONGEST_STEP else 3 if slowest > LONG_STEP else repeats):
             break
         for name, step in steps.items():
-            # Outside the clock, so that stock runs its own forwards and nothing of ours.
+            # Outside the timed call, so that stock runs its own forwards only.
             if name == OURS:
                 patched.patch_model(load_weights=False)
             else:
@@ -178,7 +178,7 @@ def _in_turns(steps: dict, patched: ModelPatcher, device, repeats: int) -> dict:
 
 
 class _Clocked(comfy.samplers.Sampler):
-    """A sampler inside a clock: ComfyUI has loaded the model and prepared everything by then."""
+    """Times a sampler, after ComfyUI has loaded the model and prepared the conditioning."""
 
     def __init__(self, sampler: comfy.samplers.Sampler, device: torch.device):
         self.sampler, self.device, self.seconds = sampler, device, 0.0
@@ -194,9 +194,9 @@ class _Clocked(comfy.samplers.Sampler):
 
 
 def sampling(stock, patched, side: int, batch: int, repeats: int) -> dict:
-    """SAMPLED_STEPS guided Euler steps, stock, with core's EasyCache as it is set, and ours.
+    """SAMPLED_STEPS guided Euler steps: stock, with core's EasyCache at its defaults, and ours.
 
-    `computed` counts the model's calls. With random weights it is not what a trained model skips.
+    `computed` counts the model's calls; with a trained model EasyCache skips others.
     """
     device = torch.device(stock.load_device)
     found = {STOCK: stock, OURS: patched}
@@ -244,7 +244,7 @@ def sampling(stock, patched, side: int, batch: int, repeats: int) -> dict:
 
 
 def _of_node(output):
-    """The MODEL that a node of core gave: a NodeOutput, or from some a bare tuple."""
+    """The MODEL of a core node's result, which is a NodeOutput or a bare tuple."""
     return getattr(output, "result", output)[0]
 
 

@@ -1,6 +1,6 @@
-"""Whole models of random weights through ComfyUI's own classes, and operations by formula.
+"""Whole models with random weights in ComfyUI's own classes, and operations by formula.
 
-What `benchmarks.layers --comfyui PATH` and `--flops` run; `model_steps` has what is timed.
+`benchmarks.layers --comfyui PATH` and `--flops` run this; `model_steps` times the steps.
 """
 
 import gc
@@ -126,12 +126,12 @@ def flops_table() -> list[dict[str, float]]:
     return rows
 
 
-# Width, height in pixels, 8 of them to a token's side: the rows of the paper's table.
+# Width and height in pixels of the paper's table; a token is 8 × 8 pixels.
 _HEADLINE = ((512, 512), (1024, 1024), (3840, 2160), (15360, 8640))
 
 
 def headline_table() -> list[dict[str, object]]:
-    """The one layer behind the paper's 6929 ×, C = 640, by the paper's count and by ours, k = 9."""
+    """The layer behind the paper's 6929 ×: C = 640, k = 9, by the paper's count and by ours."""
     dim, geometry, rows = 640, BlockGeometry(640, 9, 2), []
     print("\nOne layer, C = 640: pixels, attention as the paper counts, as we do, ΔConv, ratio")
     for across, down in _HEADLINE:
@@ -157,12 +157,12 @@ def _enter(tree: Path, device: torch.device) -> None:
     from comfy.cli_args import args
 
     args.cpu = device.type == "cpu"
-    # The fastest attention that torch has, so that ours is compared with the best.
+    # Compare with torch's fastest attention.
     args.use_pytorch_cross_attention = True
 
 
 def _version() -> str:
-    """The version that the tree says it has; "0" where its `comfy` package came alone."""
+    """The tree's version; "0" for a bare `comfy` package."""
     try:
         from comfyui_version import __version__
     except ImportError:

@@ -20,7 +20,7 @@ HEADINGS = {
     "ours": "ours",
 }
 TRAINING = ("training", "training sweep")
-# Of C elements a token, read and written by all five launches; see README.md.
+# Elements that all five launches read and write, per token and C; see kernels/README.md.
 MOVED = 5.875
 
 
@@ -92,7 +92,7 @@ def _floor(entry: dict) -> list[str]:
 
 
 def _memory(entry: dict) -> list[str]:
-    """Torch → ours of what is kept and of the peak, and torch's faster form over ours in time."""
+    """Torch → ours for kept and peak memory; time of torch's faster form over ours."""
     cells = []
     for found in (entry["saved"], entry.get("memory", {})):
         pair = (found.get(name) for name in ("nchw", "ours"))
@@ -121,11 +121,11 @@ def totals(report: dict) -> list[str]:
 
 
 def explain(report: dict) -> str:
-    """Where each row's time goes, by arithmetic from the report alone, as Markdown in µs.
+    """Where each row's time goes, computed from the report alone, as Markdown in µs.
 
-    Launches: what the smallest site takes above its floor, where nothing else is left to do. Bytes:
-    what all launches move, over copy bandwidth. Arithmetic: the floor's. Rest: what was measured
-    beyond these, which is the convolution waiting for loads and the passes below copy bandwidth.
+    Launches: the smallest site's time above its floor. Bytes: what all launches move, over copy
+    bandwidth. Arithmetic: the floor's. Rest: measured time beyond these, where the convolution
+    waits for loads and passes stay below copy bandwidth.
     """
     about, entries = report["environment"], report["results"]
     entries = [e for e in entries if "ours" in times(e, "graph") and e["kind"] not in TRAINING]

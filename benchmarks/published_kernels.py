@@ -1,8 +1,8 @@
-"""The depthwise kernels in the style of the authors' two, written anew, with the tiles they tune.
+"""Depthwise kernels in the style of the authors' two, reimplemented, with the tiles they tune over.
 
-Both load every tap of every position from global memory under a mask. The first one takes a square
-of a map and multiplies in fp32; the later one takes positions in reading order and multiplies in
-the map's own dtype. Both add up in fp32.
+Both load every tap of every position from global memory under a mask and accumulate in fp32. The
+first takes a square of the map and multiplies in fp32; the later one takes positions in reading
+order and multiplies in the map's dtype.
 """
 
 from functools import lru_cache
@@ -106,7 +106,7 @@ class Tile(NamedTuple):
 
     @property
     def warps(self) -> int:
-        """Ours, theirs are not known: 64 sums to a thread, which leaves it registers for more."""
+        """64 sums per thread, which leaves registers free; the authors' number is not known."""
         sums = self.channels
         for size in self.positions:
             sums *= size

@@ -1,4 +1,4 @@
-"""The published way to run the pyramid, restated: a kernel per step, at the best of its tiles."""
+"""The pyramid in the published style: one kernel per step, at the fastest of its tiles."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from ..kernels.reference import apply_gate, pooled_size
 from ..kernels.timing import captured, interleaved, synchronize
 from .published_kernels import TILES, Tile, depthwise
 
-# Of every tile, in turns; the medians decide.
+# Per tile, interleaved; medians are compared.
 REPEATS = 5
 
 
 class Choice(NamedTuple):
-    """The tile that one shape is run with, median seconds of all, reasons of those that failed."""
+    """The tile chosen for a shape, median seconds of all, reasons of those that failed."""
 
     tile: Tile
     seconds: dict[str, float]
@@ -28,8 +28,8 @@ _chosen: dict[tuple, Choice] = {}
 def choose(x: torch.Tensor, weight: torch.Tensor) -> Choice:
     """The fastest tile for x [B, H, W, h] and weight [k, k, h], timed once per shape and device.
 
-    On a CPU, where Triton can only interpret, the first one, untimed. Raises what the first tile
-    raised where none of them runs.
+    On a CPU, where Triton only interprets, the first tile, untimed. If no tile runs, raises what
+    the first one raised.
     """
     key = (x.device, x.dtype, tuple(x.shape), tuple(weight.shape))
     if key not in _chosen:
@@ -48,10 +48,10 @@ def _fastest(x: torch.Tensor, weight: torch.Tensor) -> Choice:
         try:
             call()
             synchronize(x.device)
-            # On small maps the host takes longer than any tile: the device's time decides.
+            # On small maps the host takes longer than any tile: compare device time.
             calls[tile] = captured(call, x.device) if x.device.type == "cuda" else call
         except Exception as problem:
-            # Whatever a compiler or driver says of a tile that is too large for this device.
+            # Compilers and drivers raise different errors for a tile that is too large.
             failed[str(tile)] = f"{type(problem).__name__}: {problem}".split("\n")[0]
             problems.append(problem)
     if not calls:
@@ -73,7 +73,7 @@ def _levels(u: torch.Tensor, scales: Sequence[float]):
 
 
 def tune(u: torch.Tensor, weights: Sequence[torch.Tensor], scales) -> list[dict]:
-    """What is chosen for every level of u [B, H, W, h], ready for JSON."""
+    """The choice for every level of u [B, H, W, h], ready for JSON."""
     found = []
     for (_, v), weight in zip(_levels(u, scales), weights, strict=True):
         tile, seconds, failed = choose(v, weight)

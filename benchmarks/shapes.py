@@ -1,4 +1,4 @@
-"""The shapes that are measured, how often each occurs in a model, and what bounds them."""
+"""The measured shapes, how often each occurs in a model, and lower bounds of their time."""
 
 import math
 from typing import NamedTuple
@@ -35,9 +35,9 @@ class Window(NamedTuple):
         return self.wider(x, 0)[0].flatten(1, 2)
 
     def wider(self, x: torch.Tensor, halo: int) -> tuple[torch.Tensor, int, int]:
-        """x [B, N, C] → the window with `halo` around it, as far as there is map; where it begins.
+        """x [B, N, C] → the window with `halo` around it, clipped to the map [B, rows, columns, C].
 
-        [B, rows, columns, C], and the window's first row and column in it.
+        Also the window's first row and column in it.
         """
         size = side_of(x)
         top, left = max(0, self.top - halo), max(0, self.left - halo)
@@ -69,7 +69,7 @@ ROWS = (
 SWEEP = tuple(
     Row(f"{pixels}²", 320, 7, pixels // 8, 8, 320) for pixels in (256 << n for n in range(7))
 )
-# What a machine without a GPU can do in seconds; the demo model's sites.
+# The demo model's sites: seconds on a machine without a GPU.
 SMALL = (
     Row("demo level 0", 64, 11, 64, 4, 64),
     Row("demo level 1", 128, 9, 32, 4, 128),
@@ -95,14 +95,14 @@ SCALES = (1.0, 0.5)
 
 
 def bytes_moved(row: Row, batch: int, itemsize: int) -> int:
-    """Bytes that any implementation of the block must move: x in, y out, the weights."""
+    """Bytes that any implementation of the block must move: x, y and the weights."""
     inner, dim = row.dim // 2, row.dim
     weights = dim * inner + dim * inner + dim * dim + 2 * row.kernel_size**2 * inner
     return itemsize * (2 * batch * row.tokens * dim + weights)
 
 
 def depthwise_flops(row: Row, batch: int) -> float:
-    """Operations of the depthwise convolutions, which no matrix unit takes as they are."""
+    """Operations of the depthwise convolutions, which matrix units cannot take directly."""
     positions = row.tokens + (row.side // 2) ** 2
     return 2.0 * batch * positions * row.kernel_size**2 * (row.dim // 2)
 

@@ -1,4 +1,4 @@
-"""One row: contenders are built, checked at that very shape, and then timed in turns."""
+"""One row: contenders are built, checked at that shape, and timed in turns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -17,10 +17,10 @@ from .check import (
 from .contenders import BLOCKS, CONTENDERS, Contender
 from .shapes import Row
 
-# A single call longer than this is not repeated: attention at 16384² takes minutes.
+# Longer calls are not repeated: attention at 16384² takes minutes.
 LONGEST_CALL = 1.0
 TOO_LONG = "one call takes {:.1f} s"
-# Torch's operators: what a block's other forms are held against.
+# torch's operators, with which the other forms of a block are compared.
 REFERENCE = "nchw"
 TRAINED = (REFERENCE, "nhwc", "ours")
 
@@ -31,7 +31,7 @@ Calls = Mapping[str, Callable[[], object]]
 def measure_forward(
     row: Row, batch: int, dtype: torch.dtype, device: torch.device, names, repeats: int
 ) -> dict:
-    """Eager and graph times, peak extra memory, reasons of those left out, tiles chosen."""
+    """Eager and graph times, peak extra memory, chosen tiles, reasons of those left out."""
     x = random_input(row, batch, dtype, device)
     calls, left_out, tiles = {}, {}, {}
     own = reference = None
@@ -55,7 +55,7 @@ def measure_forward(
         if name == REFERENCE:
             own, reference = error, value
         calls[name] = lambda run=contender.run: run(x)
-    # What it was compared with must not count as anybody's memory.
+    # Free the reference before measuring peak memory.
     value = reference = None
     tiles = {name: found for name, found in tiles.items() if name in calls}
     return {"tiles": tiles} | _timed(_ordered(calls, names), device, repeats, left_out)
@@ -64,7 +64,7 @@ def measure_forward(
 def measure_training(
     row: Row, batch: int, dtype: torch.dtype, device: torch.device, names, repeats: int
 ) -> dict:
-    """The same of the block's forward and backward pass, and what autograd keeps in between."""
+    """The same for forward and backward pass, and the bytes that autograd keeps in between."""
     x = random_input(row, batch, dtype, device).requires_grad_()
     upstream = random_input(row, batch, dtype, device, seed=1)
     calls, saved, left_out = {}, {}, {}
@@ -103,7 +103,7 @@ def measure_training(
 def _built(
     row: Row, dtype: torch.dtype, device: torch.device, names, left_out: dict
 ) -> Iterator[tuple[str, Contender]]:
-    # Torch's own error comes first.
+    # The reference first: its error is the others' budget.
     for name in sorted(names, key=lambda name: name != REFERENCE):
         try:
             contender = CONTENDERS[name](row, dtype, device)
@@ -114,7 +114,7 @@ def _built(
 
 
 def _sentence(problem: Exception) -> str:
-    """One contender that a device cannot run must not end the others' measurement."""
+    """A contender's failure as a sentence: it must not end the others' measurement."""
     if isinstance(problem, torch.OutOfMemoryError):
         return "out of memory"
     return f"cannot run ({type(problem).__name__}: {problem})".split("\n")[0]

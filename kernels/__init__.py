@@ -1,4 +1,4 @@
-"""The heavy operations, each one public function over a definition and its fast forms."""
+"""The heavy operations: public functions, each with a definition and fast implementations."""
 
 from .ops import gated_pyramid, pyramid_projection
 from .reference import (

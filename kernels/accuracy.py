@@ -1,7 +1,7 @@
-"""How far an implementation is from the definition, and how far it may be.
+"""Errors of an implementation against the definition in float64, and their budget.
 
-The yardstick is the definition in float64. What torch's own operators lose against it in the same
-dtype is the budget: a fused kernel rounds less often and must not be worse.
+The budget is the error of torch's own operators in the same dtype: a fused kernel rounds less often
+and must not be worse.
 """
 
 from typing import NamedTuple
@@ -32,9 +32,9 @@ class Case(NamedTuple):
 
 
 class Error(NamedTuple):
-    """Distance from the float64 definition, relative to its own size: root mean square and worst.
+    """Root mean square and worst distance of `count` values, relative to the exact values' own.
 
-    Both over `count` values; a NaN anywhere makes both NaN.
+    A NaN anywhere makes both NaN.
     """
 
     rms: float
@@ -42,15 +42,15 @@ class Error(NamedTuple):
     count: int
 
     def within(self, own: "Error", dtype: torch.dtype) -> bool:
-        """Whether this stays in the budget that torch's `own` error sets.
+        """Whether this stays within the budget that torch's `own` error sets.
 
-        One rounding of the result is always allowed on top: half a unit in the last place at
-        worst, and its root mean square. Both root mean squares are estimates: of a handful of
-        values torch's own can be small by luck, so three of its standard deviations are allowed.
+        One rounding of the result is allowed on top: half a unit in the last place at worst, and
+        its root mean square. torch's root mean square is an estimate that few values can make small
+        by chance, so three of its standard deviations are added.
         """
         unit = torch.finfo(dtype).eps
         likely = own.rms * (1 + 3 / (2 * own.count) ** 0.5)
-        # Written so that a NaN is a failure.
+        # NaN must compare as a failure.
         return self.rms <= 1.5 * likely + unit / 12**0.5 and self.worst <= 2 * own.worst + unit / 2
 
 
@@ -69,7 +69,7 @@ def make_inputs(
 ) -> list[torch.Tensor]:
     """x, u, out_weight, out_bias, pool_weight, pool_bias, one kernel [k, k, h] per scale, biases.
 
-    Sized so that activations stay near 1, as behind a norm and in a trained block.
+    Scaled so that activations stay near 1, as after a norm and in a trained block.
     """
     generator = torch.Generator().manual_seed(seed)
 

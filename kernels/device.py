@@ -1,4 +1,4 @@
-"""Which device there is, what a person calls it, and what a figure on it has to say."""
+"""The default device, its name, and the environment to state beside a measurement."""
 
 import shutil
 import subprocess
@@ -16,14 +16,14 @@ def default_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """The device's product name, or its type in capitals."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).get_device_name(device)
     return device.type.upper()
 
 
 def environment(device: torch.device) -> dict:
-    """Device, driver and versions: a figure without them says nothing."""
+    """Device, driver and versions, to be recorded with every measurement."""
     try:
         import triton
 

@@ -23,7 +23,7 @@ def depthwise(
     k = weight.shape[0]
     kernel = weight.permute(2, 0, 1).unsqueeze(1)
     if not torch.is_grad_enabled():
-        # The library reorders a strided kernel slowly; its gradient is faster without the copy.
+        # The library reorders a strided kernel slowly; the backward pass is faster without a copy.
         kernel = kernel.contiguous()
     dtype = x.dtype
     if x.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 GATES = ("scaled", "sigmoid")
 
-# The depthwise bias [h] of every scale, None where a scale has none; () where no scale has one.
+# Per scale its depthwise bias [h] or None; () if no scale has one.
 Biases = Sequence[torch.Tensor | None]
 
 
 class Projections(NamedTuple):
-    """The linear layers of a block behind its pyramid, S scales: `out` and `pool`."""
+    """Weights of the linear layers after a pyramid of S scales: `out` and `pool`."""
 
     out_weight: torch.Tensor  # [C, S · h/2]
     out_bias: torch.Tensor  # [C]

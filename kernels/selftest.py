@@ -20,9 +20,9 @@ from .device import default_device, device_name
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
-# By kernel size, what real models make Triton compile: their channels, maps that pool evenly, both
-# sizes of every tile. As many programs as the models' maps have, which choose the tiles, of maps so
-# narrow that the definition in float64 stays quick.
+# By kernel size, what Triton compiles for real models: their channels, maps that pool evenly, both
+# sizes of every tile. As many programs as the models' maps have, which selects the tiles, on maps
+# narrow enough that the definition in float64 stays quick.
 REAL = {
     # SDXL at 2048²: the widest product, 128 × 128.
     3: Case(52, 6, 8, 1280, 3),
@@ -43,7 +43,7 @@ SECONDS = 30.0
 
 
 class Verdict(NamedTuple):
-    """One dtype, kernel size and direction; `trusted` None: there was no time for it."""
+    """One dtype, kernel size and direction; `trusted` is None if there was no time for it."""
 
     dtype: torch.dtype
     kernel_size: int
@@ -66,7 +66,7 @@ def self_test(
 ) -> Iterator[Verdict]:
     """A verdict per direction, dtype and kernel size, as they come.
 
-    `progress(done, total)` is called behind each and may raise to stop.
+    `progress(done, total)` is called after each and may raise to stop.
     """
     device = torch.device(device)
     deadline = time.monotonic() + seconds
@@ -81,13 +81,13 @@ def self_test(
 
 
 def cases(size: int, device: torch.device) -> tuple[Case, Case]:
-    """A ragged map (odd sides, tiles that are not full) and a real one, each with its gate."""
+    """A ragged map (odd sides, partial tiles) and a real one, with different gates."""
     real = REAL[size]
     if device.type == "cpu":
-        # Nothing is compiled for a shape there: fewer channels test as much.
+        # torch compiles nothing per shape: fewer channels test as much.
         real = real._replace(dim=64)
     other = "scaled" if real.gate == "sigmoid" else "sigmoid"
-    # Blocks of the authors' first release have biases; every subset of the scales is met.
+    # Blocks of the authors' first release have biases: over the sizes, test every subset of scales.
     biased = ((0, 1), (1,), (0,))[size // 2 % 3]
     return Case(2, 23, 37, 64, size, gate=other, biased=biased), real
 
@@ -106,7 +106,7 @@ def _verdict(device: torch.device, dtype: torch.dtype, size: int, direction: str
                 errors = measure(case, dtype, device)
             ran.append(implementation_of(case, dtype, device))
         except Exception as error:
-            # Whatever a driver or a compiler raises is the user's answer, not a crash.
+            # Report whatever a driver or compiler raises instead of crashing.
             bad.append(f"{type(error).__name__}: {error} ({shape})")
             continue
         bad += [

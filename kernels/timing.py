@@ -6,21 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-# One sample repeats a call until this long has passed, so that a clock's tick does not count.
+# A sample repeats a call for about this long, far above the clock's resolution.
 SAMPLE_SECONDS = 0.003
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for this device, which need not be the current one; a CPU has nothing to wait for."""
+    """Wait for this device, current or not; a no-op on a CPU."""
     if device.type == "mps":
-        # There is one, and its function takes no argument.
+        # There is only one; its function takes no argument.
         torch.mps.synchronize()
     elif device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 
 
 def once(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Seconds of one of `times` calls behind each other, by the device's clock where it has one."""
+    """Mean seconds of `times` successive calls, by the device's clock if it has one."""
     if device.type != "cuda":
         synchronize(device)
         start = time.perf_counter()
@@ -28,7 +28,7 @@ def once(call: Callable[[], object], device: torch.device, times: int = 1) -> fl
             call()
         synchronize(device)
         return (time.perf_counter() - start) / times
-    # Events, and Triton's launches, are the current device's.
+    # Events and Triton's launches use the current device.
     with torch.cuda.device(device):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -45,7 +45,7 @@ def interleaved(
     """Name → median and quartiles in seconds; every repeat runs all calls in turn."""
     times = {}
     for name, call in calls.items():
-        once(call, device)  # compiles, fills caches
+        once(call, device)  # compiles and fills caches
         times[name] = max(1, min(200, round(SAMPLE_SECONDS / max(once(call, device), 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
@@ -63,7 +63,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def captured(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The call as a CUDA graph's replay: device time without a host in the way."""
+    """The call as a CUDA graph's replay: device time without host overhead."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -80,7 +80,7 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
 def extra_memory(
     call: Callable[[], torch.Tensor | Sequence[torch.Tensor]], device: torch.device
 ) -> int:
-    """Bytes at the call's peak beyond what was there before and what it returns (CUDA)."""
+    """Peak bytes of the call, without what was allocated before and what it returns (CUDA)."""
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -93,7 +93,7 @@ def extra_memory(
 
 
 def saved_for_backward(call: Callable[[], torch.Tensor], owned: list[torch.Tensor]) -> int:
-    """Bytes that autograd keeps of one forward, without `owned`: the input and the weights."""
+    """Bytes that autograd keeps of one forward pass, without `owned` (input and weights)."""
     known = {tensor.untyped_storage().data_ptr() for tensor in owned}
     kept: dict[int, int] = {}
 
@@ -118,7 +118,7 @@ def copy_bandwidth(device: torch.device, repeats: int = 15) -> float:
 
 
 def fp32_rate(device: torch.device) -> float | None:
-    """fp32 operations per second of the device's ordinary cores; None where it does not say."""
+    """Peak fp32 operations per second outside the tensor cores; None if the device is unknown."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)

@@ -1,1 +1,1 @@
-"""The Triton kernels of the pack; imported only after the probe in `backend` said yes."""
+"""The Triton kernels; imported only where `backend` found that Triton can run."""

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-# Sizes that change from call to call must not each be a compilation of their own.
+# Sizes change from call to call; specialized, each value would be compiled separately.
 SIZES = ("batch", "height", "width", "height1", "width1", "height2", "width2")
 STARTS = ("first1", "first2", "first_mean")
 
@@ -34,9 +34,9 @@ def correlate(
 
     BIASED: the sums start at bias [channels] where `biased`, else at zero.
 
-    `column` [COLUMNS] and `channel` [CHANNELS] index the tile, its first row is `row`. A row of
-    the source is loaded once per column shift and meets every output row it belongs to from
-    registers: K + ROWS - 1 loads instead of K · ROWS. FLIP turns the kernel around (the adjoint).
+    `column` [COLUMNS] and `channel` [CHANNELS] index the tile, whose first row is `row`. A row of
+    the source is loaded once per column shift and reused from registers for every output row:
+    K + ROWS - 1 loads instead of K · ROWS. FLIP rotates the kernel by 180° (the adjoint).
     """
     row_stride = width.to(tl.int64) * channels
     lines, inside_line = (), ()
@@ -49,7 +49,7 @@ def correlate(
     if BIASED:
         start += tl.load(bias + lane, mask=inside_lane & biased, other=0.0).to(tl.float32)
     totals = (start,) * ROWS
-    # `shifts` is K, but not known to the compiler, which would unroll all K² taps for minutes.
+    # `shifts` equals K at run time: with a constant bound compilers unroll all K² taps for minutes.
     for dx in range(shifts):
         shifted = column + (dx - K // 2)
         inside = ((shifted >= 0) & (shifted < width))[:, None] & inside_lane
@@ -93,9 +93,9 @@ def locate(
 
 @triton.jit
 def sigmoid(x, dtype: tl.constexpr):
-    """σ(x) of fp32, to a unit in the last place where `dtype`, that of the result, is fp32.
+    """σ(x) of fp32, accurate to one unit in the last place if the result's `dtype` is fp32.
 
-    A GPU's own exponential is off by two or three of them, which 16 bits do not see.
+    A GPU's own exponential is off by two or three units, which 16-bit results do not show.
     """
     if dtype == tl.float32:
         x = tl.minimum(tl.maximum(-x, -87.0), 87.0)
@@ -175,10 +175,10 @@ def gated_kernel(
     CHANNELS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Every level's convolution and gate; and the mean of x out of its partial sums.
+    """Every level's convolution and gate, and the mean of x from its partial sums.
 
-    BIASED has a bit for every level with a bias; the pointers of the others are not read, and
-    without any bias they are None.
+    BIASED has a bit for every level with a bias. Pointers of other biases are not read; without any
+    bias they are None.
 
     u [B, H, W, h] goes into the first half-channels of pyramid [B, H, W, LEVELS · h/2], the levels
     of low into those of gated_low [·, h/2]; partial [B, chunks, C] into mean [B, C].
@@ -204,7 +204,7 @@ def gated_kernel(
                 rows, columns, stride, first = height2, width2, half, first2
         bias, biased = bias0, True
         if BIASED:
-            # A level that the pyramid lacks begins where the means do.
+            # A missing level starts where the means start.
             level = (program >= first1).to(tl.int32) + (program >= first2).to(tl.int32)
             biased = ((BIASED >> level) & 1) != 0
             bias = tl.where(level == 0, bias0, tl.where(level == 1, bias1, bias2))
@@ -214,9 +214,8 @@ def gated_kernel(
         inside = channel < half
         source += image * rows * columns * channels
         target += image * rows * columns * stride
-        # One loop over the two halves, not two copies of the code: it halves the compile time.
-        # Zeros of their own: were b the very value of a, the compiler would take `a = b`
-        # for no change and leave a at zero.
+        # A loop over the two halves halves the compile time of two copies of the code.
+        # Initialize b separately: if it aliases a, Triton drops `a = b`.
         a = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
         b = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
         for part in range(2):

@@ -33,10 +33,10 @@ def gate_gradient_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """upstream [B, rows, columns, stride], that of a · gate(b) → convolved [·, h], that of (a, b).
+    """Gradient upstream [B, rows, columns, stride] of a · gate(b) → convolved [·, h], of (a, b).
 
-    The convolution is computed again from source [B, rows, columns, h]: nothing of it was saved.
-    KEEP: its gated result is also stored, into pyramid [B, rows, columns, out_stride].
+    The convolution is recomputed from source [B, rows, columns, h]. KEEP: its gated result is also
+    stored, into pyramid [B, rows, columns, out_stride].
     """
     image, row, column, channel = locate(
         tl.program_id(0), rows, columns, half, ROWS, COLUMNS, CHANNELS
@@ -44,8 +44,7 @@ def gate_gradient_kernel(
     inside = channel < half
     positions = image * rows * columns
     source += positions * channels
-    # Zeros of their own: were b the very value of a, the compiler would take `a = b`
-    # for no change and leave a at zero.
+    # Initialize b separately: if it aliases a, Triton drops `a = b`.
     a = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
     b = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
     for part in range(2):
@@ -144,12 +143,12 @@ def weight_gradient_kernel(
 ):
     """source, convolved [B, rows, columns, h] → partial [B · strips, K², h], kernel gradients.
 
-    BIASED: partial is [B · strips, K² + 1, h], the bias's gradient in the last row. One program
-    sums one column shift of all K row shifts over a strip of `strip` rows of one image; the strips
-    are added up behind it, in a fixed order: the same bits every time, no atomics.
+    BIASED: partial is [B · strips, K² + 1, h], with the bias's gradient in the last row. A program
+    sums all K row shifts of one column shift over a strip of `strip` rows of one image. The caller
+    adds the strips in a fixed order, without atomics: results are deterministic.
     """
     program = tl.program_id(0)
-    # Column shifts vary fastest: they read the same strip and find it in cache.
+    # Column shifts vary fastest: they read the same strip, which stays in cache.
     dx = program % shifts
     program = program // shifts
     blocks = tl.cdiv(channels, CHANNELS)
@@ -170,7 +169,7 @@ def weight_gradient_kernel(
         here = column[:, None] * channels + channel[None, :]
         there = shifted[:, None] * channels + channel[None, :]
         inside_here = (column < columns)[:, None] & inside
-        # A column outside of the result is zero in `lines`: only the source's own edge counts.
+        # `lines` is zero outside the result, so only the source's edge needs a mask.
         inside_there = ((shifted >= 0) & (shifted < columns))[:, None] & inside
         for top in range(start, stop, ROWS):
             lines = ()
@@ -197,6 +196,6 @@ def weight_gradient_kernel(
         target = partial + dy * K * channels + channel
         tl.store(target, tl.sum(totals[dy], axis=0), mask=channel < channels)
     if BIASED:
-        # Every column shift has the same sum: the first one's is kept, where dx is 0.
+        # Every column shift has the same sum; dx = 0 stores it.
         target = partial + K * K * channels + channel
         tl.store(target, tl.sum(to_bias, axis=0), mask=(channel < channels) & (dx == 0))

@@ -1,4 +1,4 @@
-"""One kernel at one shape: arguments by name, and the way past Triton's own lookup."""
+"""One kernel at one shape: arguments by name, and direct launches past Triton's lookup."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ _LAUNCHER = (
 
 
 class Launch:
-    """A kernel with its grid, integers and constants, called with a tuple of all tensors around it.
+    """A kernel with its grid, numbers and constants, called with a tuple of all tensors.
 
-    `fields` is the NamedTuple class of those tensors: the kernel gets the ones that it names. Names
-    are looked up once, here, because a call by keywords would cost as much as a launch. A tensor
-    may be an address once the launch is `ready`. From the second call on the compiled kernel is
-    launched past Triton's own lookup, which takes longer than a small kernel runs: the arguments
-    that choose a compilation are the plan's, or aligned tensors of the plan's dtype on its device.
+    `fields` is the NamedTuple class of that tuple; the kernel gets the fields that it names. Names
+    are resolved once, here: a call by keywords costs as much as a launch. From the second call on
+    the compiled kernel is launched directly, because Triton's lookup takes longer than a small
+    kernel runs. This is safe: the plan fixes everything that selects a compilation, and tensors are
+    aligned, of its dtypes, on its device. Once `ready`, tensors may be given as addresses.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Launch:
         self.constants = {name: constants[name] for name in names if name in constants}
         ordered = [*self.tensors, *self.numbers, *self.constants]
         given = [*numbers, *constants]
-        # A name may be told once: a tensor that is a number as well would never be read.
+        # Each name is given once: a tensor that is also a number would never be read.
         wrong = set(given) - set(names) or set(given) & set(fields._fields)
         if names != ordered or wrong or not set(self.tensors) <= set(fields._fields):
             raise TypeError(
@@ -59,7 +59,7 @@ class Launch:
 
     @property
     def ready(self) -> bool:
-        """Whether it is compiled and takes addresses."""
+        """Whether it launches directly, and so takes addresses."""
         return self._direct is not None
 
     def __call__(self, tensors: tuple[torch.Tensor | int | None, ...]) -> None:
@@ -77,7 +77,7 @@ class Launch:
     def _past_lookup(self, compiled, device: torch.device) -> Callable | None:
         """A function of all tensors that launches on the device's current stream.
 
-        None where this Triton's launcher is not the one known here: the public call serves then.
+        None if this Triton's launcher has an unknown signature: then the public call is used.
         """
         if not takes_known_arguments(compiled):
             return None
@@ -90,7 +90,7 @@ class Launch:
         programs, pick, tail = self.programs, self._pick, self.tail
 
         def launch(tensors):
-            # No launch metadata and no hooks: those serve Triton's own profiler.
+            # No launch metadata and no hooks: only Triton's profiler uses them.
             start = (programs, 1, 1, stream_of(index), function, metadata, None, None, None)
             run(*start, *pick(tensors), *tail)
 
@@ -107,7 +107,7 @@ def takes_known_arguments(compiled) -> bool:
 def is_known_launcher(launcher: Callable) -> bool:
     """Whether it takes grid, stream, function, two metadata, two hooks, then the arguments.
 
-    Older ones name the first five and take the rest as they come.
+    Older launchers name the first five and take the rest as `*args`.
     """
     try:
         parameters = inspect.signature(launcher).parameters.values()

@@ -121,7 +121,7 @@ def pool_kernel(
     TOKENS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """u [B, H, W, h] → low, levels 1 and 2 behind each other; x [B, H, W, C] → partial sums."""
+    """u [B, H, W, h] → low, level 1 followed by level 2; x [B, H, W, C] → partial sums."""
     program = tl.program_id(0)
     if program >= first_mean:
         tokens = height * width
@@ -141,7 +141,7 @@ def spread(total, low, image, y, x, height, width, rows, columns, channel, insid
     """Adds to total [COLUMNS, CHANNELS] what the pooled gradients `low` give position (y, x)."""
     top = y * rows // height
     left = x * columns // width
-    # Windows overlap by at most one position on either side where sizes do not divide.
+    # If sizes do not divide, windows overlap by at most one position on either side.
     for down in range(2):
         i = top + down
         first_y, last_y = window(i, height, rows)

@@ -25,14 +25,14 @@ def project_kernel(
     """
     program = tl.program_id(0)
     across, down = tl.cdiv(dim, OUTPUTS), tl.cdiv(tokens, TOKENS)
-    # Output blocks vary fastest: the tokens' tile is read from memory once, then from cache.
+    # Output blocks vary fastest: they share the tile of tokens in cache.
     output = (program % across) * OUTPUTS + tl.arange(0, OUTPUTS)
     program = program // across
     token = (program % down) * TOKENS + tl.arange(0, TOKENS)
     image = (program // down).to(tl.int64)
     inside_token, inside_output = token < tokens, output < dim
     position = tl.arange(0, INNER)
-    # Out-of-range rows read row 0 rather than need a mask; they are never stored.
+    # Out-of-range rows read row 0, which saves a mask; they are never stored.
     row = tl.where(inside_token, token, 0)
     line = tl.where(inside_output, output, 0)
     left = pyramid + image * tokens * inner + row.to(tl.int64)[:, None] * inner + position[None, :]

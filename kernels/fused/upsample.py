@@ -54,7 +54,7 @@ def upsample_lines(
         here = inside & (y < height)
         above = source + upper * columns.to(tl.int64) * half
         below = source + lower * columns.to(tl.int64) * half
-        # Both rows are mixed along x first, as torch does.
+        # Interpolate along x first, as torch does.
         top = tl.load(above + at_left, mask=here, other=0.0).to(tl.float32) * (1 - share_x)
         top += tl.load(above + at_right, mask=here, other=0.0).to(tl.float32) * share_x
         low = tl.load(below + at_left, mask=here, other=0.0).to(tl.float32) * (1 - share_x)
@@ -142,7 +142,7 @@ def upsample_kernel(
 
 @triton.jit
 def share_of(index, size, coarse, wanted):
-    """How much of coarse index `wanted` the upsampled position `index` holds; 0 outside."""
+    """Weight of coarse index `wanted` in the upsampled position `index`; 0 outside the map."""
     lower, upper, share = neighbours(index, size, coarse)
     held = tl.where(lower == wanted, 1 - share, 0.0) + tl.where(upper == wanted, share, 0.0)
     return tl.where((index >= 0) & (index < size), held, 0.0)
@@ -150,7 +150,7 @@ def share_of(index, size, coarse, wanted):
 
 @triton.jit
 def first_holder(index, size, coarse):
-    """The first position of `size` that holds coarse `index`: under a coarse step before it."""
+    """The first position of `size` with weight on coarse `index`: under a coarse step before it."""
     before = (2 * index - 1) * size - coarse
     return tl.where(before < 0, 0, before // (2 * coarse) + 1)
 
