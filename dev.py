@@ -20,10 +20,11 @@ from development.comfyui.tree import OLDEST
 from development.environment import ensure
 
 # To add a command: write development/<command>.py with `main(argv: list[str]) -> int`, add a line.
+# bench and selftest are the product's (cli/); distill adds to it.
 COMMANDS = {
     "bench": "time attention, its replacements and the ΔConvBlock on this machine",
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
-    "distil": "distil the demo, or any checkpoint, into ΔConv weights",
+    "distill": "distill the demo, or any checkpoint, into ΔConv weights",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
     "lint": "check style and formatting",
     "lock": "write the versions that set-up installs anew; --upgrade takes the newest",
@@ -33,6 +34,7 @@ COMMANDS = {
     "serve": "start ComfyUI with the pack loaded, for your browser",
     "test": "run the tests; --all adds the long tier, the rest goes to pytest",
 }
+ALIASES = {"distil": "distill"}
 # The oldest supported ComfyUI is fetched for these alone; the newest one, or yours, for all.
 NEEDS_OLDEST = {"test"}
 # What makes the environment must not need it.
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0
     command, *arguments = argv
+    command = ALIASES.get(command, command)
     if command not in COMMANDS:
         print(f"Unknown command {command!r}.\n{usage()}", file=sys.stderr)
         return 2

@@ -1,12 +1,12 @@
 """The demo student's blocks at 64 × 64 on the CPU: as they run now and as first written.
 
-`benchmarks.layers --cpu-step` times all ten blocks of one step, both ways interleaved in one
-process, so that other load affects both alike.
+All ten blocks of one step behind each other, in turns in one process, so that a busy machine is as
+busy for both.
 """
 
 import json
 import os
-import sys
+from pathlib import Path
 
 import torch
 
@@ -17,6 +17,7 @@ from ..kernels import gated_pyramid_definition
 from ..kernels.accuracy import distance
 from ..kernels.device import environment
 from ..kernels.timing import interleaved
+from . import BenchmarkError
 
 CPU = torch.device("cpu")
 NOW, FIRST = "as dispatched now", "as first written"
@@ -31,16 +32,19 @@ def first_written(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def main(options) -> int:
+def run(batch: int, repeats: int, path: Path | None = None) -> dict:
+    """Seconds of both ways, as one JSON-ready report; prints them and writes `path`."""
     weights = read_weights(demo.DELTACONV_PATH)
     levels = demo.unet_config()["num_res_blocks"]
     generator, calls = torch.Generator().manual_seed(0), []
     for site in weights.sites:
         block = weights.block(site).float()
         side = halved(demo.NATIVE_SIZE, resolution_level(site, levels))
-        x = torch.randn(options.batch, side, side, block.dim, generator=generator)
+        x = torch.randn(batch, side, side, block.dim, generator=generator)
         if distance(block(x), first_written(block, x).double()).worst > 1e-4:
-            sys.exit(f"Expected both formulations to agree at {site}; nothing was timed.")
+            raise BenchmarkError(
+                f"Expected both formulations to agree at {site}; nothing was timed."
+            )
         calls.append((block, x))
     ways = {
         NOW: lambda: [block(x) for block, x in calls],
@@ -48,18 +52,18 @@ def main(options) -> int:
     }
     report = {
         "environment": environment(CPU) | {"cores": os.cpu_count(), "load": os.getloadavg()},
-        **{"batch": options.batch, "blocks": len(calls), "side": demo.NATIVE_SIZE},
-        "times": interleaved(ways, CPU, options.repeats),
+        **{"batch": batch, "blocks": len(calls), "side": demo.NATIVE_SIZE},
+        "times": interleaved(ways, CPU, repeats),
     }
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     about = report["environment"]
     print(
-        f"{len(calls)} blocks of the demo student at 64 × 64, fp32, batch {options.batch}, "
+        f"{len(calls)} blocks of the demo student at 64 × 64, fp32, batch {batch}, "
         f"{about['threads']} threads on {about['cores']} cores, torch {about['torch']}; load "
         f"average over a minute {about['load'][0]:.1f}"
     )
     for name, timing in report["times"].items():
         low, middle, high = (timing[key] * 1e3 for key in ("low", "median", "high"))
         print(f"{name}: {middle:.1f} ms ({low:.1f} to {high:.1f}), {timing['samples']} repeats")
-    return 0
+    return report

@@ -1,64 +1,21 @@
-"""`python -m comfyui_deltaconv.benchmarks.layers`: time attention, its replacements and ours.
+"""Time attention, its replacements and the ΔConvBlock, layer by layer.
 
-Writes JSON and prints a table in µs; `benchmarks.plot` draws the JSON. A contender that is wrong at
-the timed shape gets no time. --comfyui and --flops measure and count whole models.
+Writes JSON and prints a table in µs; `plot` draws the JSON. Nothing that computes something wrong
+at the shape that is timed gets a time.
 """
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..kernels.device import default_device, environment
+from ..kernels.device import environment
 from ..kernels.timing import copy_bandwidth, fp32_rate
-from . import cpu_step, models
 from .contenders import CONTENDERS
 from .shapes import MODELS, ROWS, SMALL, SWEEP, Row, floors
 from .trial import TOO_LONG, TRAINED, measure_forward, measure_training
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU without one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16, on a CPU fp32")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    sets = ("rows", "sweep", "models", "training", "small")
-    parser.add_argument("--only", choices=sets, action="append", help="default: all but small")
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument(
-        "--comfyui",
-        metavar="PATH",
-        help="whole models through this ComfyUI: stock and ours need its comfy/ alone; ToMe, "
-        "HyperTile and EasyCache are its own nodes and need the whole tree (comfy_extras, "
-        "comfy_api, comfy_execution, folder_paths). Weights are random, so EasyCache skips other "
-        "steps than with a trained model: read how many it computed beside its time",
-    )
-    parser.add_argument("--flops", action="store_true", help="count operations instead of time")
-    parser.add_argument(
-        "--cpu-step",
-        action="store_true",
-        help="the demo student's ten blocks on the CPU, as they run now and as first written",
-    )
-    options = parser.parse_args(argv)
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"expected --json in a folder that exists, got {options.json}")
-    if options.flops or options.comfyui:
-        return models.main(options)
-    if options.cpu_step:
-        return cpu_step.main(options)
-    device = torch.device(options.device) if options.device else default_device()
-    on_cpu = device.type == "cpu"
-    chosen = options.only or (["small"] if on_cpu else [s for s in sets if s != "small"])
-    dtype = DTYPES[options.dtype or ("fp32" if on_cpu else "fp16")]
-    run(device, dtype, options.batch, options.repeats, chosen, options.json)
-    return 0
 
 
 def run(
@@ -69,7 +26,7 @@ def run(
     chosen: Sequence[str],
     path: Path | None = None,
 ) -> dict:
-    """Measures the chosen sets → JSON-ready report; prints and writes as it goes."""
+    """What was chosen of `SETS`, as one JSON-ready report; prints and writes it as it goes."""
     start = time.monotonic()
     bandwidth, rate = copy_bandwidth(device), fp32_rate(device)
     about = environment(device) | {"copy_bytes_per_second": bandwidth, "fp32_per_second": rate}
@@ -139,7 +96,3 @@ def print_row(entry: dict) -> None:
         print(f"    {contender}: tiles {', '.join(chosen)}", flush=True)
     for contender, reason in entry["left_out"].items():
         print(f"    {contender}: {reason}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Whole models with random weights in ComfyUI's own classes, and operations by formula.
 
-`benchmarks.layers --comfyui PATH` and `--flops` run this; `model_steps` times the steps.
+`model_steps` has what is timed.
 """
 
 import gc
@@ -20,7 +20,8 @@ from ..deltaconv.flops import (
     paper_attention_operations,
 )
 from ..deltaconv.geometry import BlockGeometry
-from ..kernels.device import default_device, environment
+from ..kernels.device import environment
+from . import BenchmarkError
 
 _SD = {
     "image_size": 32,
@@ -80,34 +81,36 @@ MODELS = {
 }
 
 
-def main(options) -> int:
-    report = {"flops": flops_table(), "headline": headline_table()} if options.flops else {}
-    if options.comfyui:
-        device = torch.device(options.device) if options.device else default_device()
-        tree = Path(options.comfyui)
-        _enter(tree, device)
-        from .model_steps import measure
-
-        report |= {"environment": environment(device) | {"comfyui": _version()}, "steps": []}
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
-        # On a CPU one small map only shows that everything works.
-        sizes = {family: model[-1] for family, model in MODELS.items()}
-        for family, all_pixels in ({"sd1": (128,)} if device.type == "cpu" else sizes).items():
-            for pixels in all_pixels:
-                # The model before this one must be gone, or its weights count as memory.
-                gc.collect()
-                patcher = build(family, dtype, device)
-                step = measure(family, pixels, patcher, dtype, options.batch, options.repeats)
-                del patcher
-                report["steps"].append(step)
-                _save(report, options)
-    _save(report, options)
-    return 0
+def count() -> dict:
+    """Operations by formula, as one JSON-ready report; prints them."""
+    return {"flops": flops_table(), "headline": headline_table()}
 
 
-def _save(report: dict, options) -> None:
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def run(
+    tree: Path, device: torch.device, batch: int, repeats: int, path: Path | None = None
+) -> dict:
+    """Steps of whole models of the ComfyUI in `tree`, as one JSON-ready report.
+
+    Prints and writes it as it goes. Raises BenchmarkError if `tree` is no ComfyUI.
+    """
+    _enter(tree, device)
+    from .model_steps import measure
+
+    report = {"environment": environment(device) | {"comfyui": _version()}, "steps": []}
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    # On a CPU one small map only shows that everything works.
+    sizes = {family: model[-1] for family, model in MODELS.items()}
+    for family, all_pixels in ({"sd1": (128,)} if device.type == "cpu" else sizes).items():
+        for pixels in all_pixels:
+            # The model before this one must be gone, or its weights count as memory.
+            gc.collect()
+            patcher = build(family, dtype, device)
+            step = measure(family, pixels, patcher, dtype, batch, repeats)
+            del patcher
+            report["steps"].append(step)
+            if path:
+                path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 def flops_table() -> list[dict[str, float]]:
@@ -152,7 +155,9 @@ def headline_table() -> list[dict[str, object]]:
 
 def _enter(tree: Path, device: torch.device) -> None:
     if not (tree / "comfy").is_dir():
-        sys.exit(f"Expected --comfyui to be a folder with a comfy/ package in it, got {tree}.")
+        raise BenchmarkError(
+            f"Expected --comfyui to be a folder with a comfy/ package in it, got {tree}."
+        )
     sys.path.insert(0, str(tree))
     from comfy.cli_args import args
 

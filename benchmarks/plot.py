@@ -193,7 +193,7 @@ def draw(report: dict, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot", description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON that benchmarks.layers wrote")
+    parser.add_argument("report", type=Path, help="JSON that `deltaconv bench` wrote")
     parser.add_argument("--png", type=Path)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--explain", action="store_true", help="the distance to the floor, by row")

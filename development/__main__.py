@@ -3,15 +3,22 @@
 import importlib
 import sys
 
+from ..cli import CommandError
+from ..cli.__main__ import main as product
 from . import DevelopmentError, unwind_when_terminated
+
+# What users run as well.
+PRODUCT = {"bench", "selftest"}
 
 
 def main(command: str, *arguments: str) -> int:
     unwind_when_terminated()
+    if command in PRODUCT:
+        return product([command, *arguments])
     module = importlib.import_module(f".{command}", __package__)
     try:
         return module.main(list(arguments))
-    except DevelopmentError as error:
+    except (DevelopmentError, CommandError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+from ..cli.host import entered
 from . import ROOT, DevelopmentError
 from .comfyui.client import Client, Json
 from .comfyui.server import FASTEST_ATTENTION, Server, has_accelerator, running
@@ -96,7 +97,10 @@ def main(argv: list[str]) -> int:
         "--locality", action="store_true", help="show where the first prompt's attention looks"
     )
     parser.add_argument(
-        "--distil", action="store_true", help="distil the demo's blocks anew, in a few minutes"
+        "--distill",
+        "--distil",
+        action="store_true",
+        help="distill the demo's blocks anew, in a few minutes",
     )
     options = parser.parse_args(argv)
     if options.steps < 1:
@@ -106,12 +110,11 @@ def main(argv: list[str]) -> int:
     if options.locality:
         draw_locality(options.prompts[0], options.output)
         return 0
-    if options.distil:
-        from .distil import entered
-        from .distil_demo import distil_demo
+    if options.distill:
+        from .distill_demo import distill_demo
 
-        with entered():
-            distil_demo(options.output)
+        with entered(chosen_tree()):
+            distill_demo(options.output)
         return 0
     tree, cpu = chosen_tree(), not has_accelerator()
 

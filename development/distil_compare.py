@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
-from .distil_demo import psnr, visit_of
+from .distill_demo import psnr, visit_of
 
 RATES = (0.3, 1.0, 3.0, 10.0)
 # Preset → its name in the figures: the paper's losses, and those of the authors' code for SD1.5.
@@ -40,8 +40,9 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     figure. The pictures' PSNR is that of seed 0. `output` is JSON, written after every run: a
     comparison of the same settings that was stopped goes on from it.
     """
+    from ..cli.distill_config import Configuration
+    from ..cli.distill_inputs import chosen_data, load_teacher
     from ..deltaconv.distillation import default_kernels
-    from .distil import chosen_data, load_teacher
 
     authors = partial(_authors, against)
     presets = {AUTHORS[against]: authors, "ours": _ours}
@@ -49,9 +50,9 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     settings = {name: preset((1, 1), 1.0, 0).to_mapping() for name, preset in presets.items()}
     identity["settings"] = settings
     results = _begun(output, identity)
-    teacher = load_teacher({}, authors((0, 1), 1.0, 0))
+    teacher = load_teacher(Configuration(), authors((0, 1), 1.0, 0))
     with teacher:
-        data = chosen_data({}, teacher)
+        data = chosen_data(Configuration(), teacher)
         kernels = default_kernels(teacher.model_sites.levels)
 
         @cache

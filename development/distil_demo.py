@@ -44,21 +44,23 @@ def training_steps(seconds: float, layer: float, joint: float) -> tuple[int, int
     return tuple(max(2, min(_MOST_STEPS, steps)) for steps in fit)
 
 
-def distil_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
+def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
     """Distil the demo teacher within `seconds`, print how the loss falls, write grid and curve.
 
-    ComfyUI must be on the path (`host.enter`). The grid's columns are `COLUMNS`: untrained blocks
-    are random, initialized ones come from least squares alone. `side` is that of all pictures in
-    pixels. Returns {"psnr": dB by column, "mse": error on held-out noise by stage}.
+    ComfyUI must be on the path (`cli.host.enter`). The grid's columns are `COLUMNS`: untrained
+    blocks are random, initialized ones come from least squares alone. `side` is that of all
+    pictures in pixels. Returns {"psnr": dB by column, "mse": error on held-out noise by stage}.
     """
+    from ..cli.distill import line_of
+    from ..cli.distill_config import Configuration
+    from ..cli.distill_inputs import load_teacher
     from ..deltaconv import write_weights
     from ..deltaconv.distillation import default_kernels, default_settings, distill, weights_of
     from ..deltaconv.distillation.plots import error_curve
-    from .distil import line_of, load_teacher
 
     started = time.monotonic()
     settings = default_settings(ema=0.9)
-    teacher = load_teacher({}, settings)
+    teacher = load_teacher(Configuration(), settings)
     output.mkdir(parents=True, exist_ok=True)
     with teacher, _fastest_threads(teacher, side):
         recipe = default_kernels(teacher.model_sites.levels)
@@ -136,9 +138,10 @@ def _data(teacher, side: int):
     """The demo's pictures with their captions, at `side` pixels."""
     import torch
 
-    from .distil import chosen_data
+    from ..cli.distill_config import Configuration
+    from ..cli.distill_inputs import chosen_data
 
-    data = chosen_data({}, teacher)
+    data = chosen_data(Configuration(), teacher)
     if side != data.latents[0].shape[-1]:
         pictures = torch.stack(list(data.latents))
         smaller = torch.nn.functional.interpolate(pictures, (side, side), mode="area")

@@ -6,12 +6,11 @@ eps [B, 3, H, W], the predicted noise, in float32. ComfyUI's own patcher does th
 
 import argparse
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..cli.host import entered
 from . import DevelopmentError
-from .comfyui import in_process
 from .comfyui.tree import chosen_tree
 
 Shape = tuple[int | str, ...]
@@ -35,8 +34,7 @@ def main(argv: list[str]) -> int:
             f"Expected --output in a folder that exists, got {options.output}. Make the folder."
         )
     tensors = read_input(options.input)
-    with tempfile.TemporaryDirectory(prefix="deltaconv-") as base:
-        in_process.enter(chosen_tree(), Path(base))
+    with entered(chosen_tree()):
         eps = predict_noise(tensors, None if options.weights == "none" else options.weights)
     write_output(options.output, {"eps": eps})
     return 0
@@ -84,7 +82,7 @@ def input_problems(shapes: Mapping[str, Shape]) -> list[str]:
 def predict_noise(tensors: Mapping, weights: str | None):
     """eps [B, 3, H, W] in float32 of the packaged teacher, patched by our own Apply if asked.
 
-    ComfyUI must be on the path (`in_process.enter`). Raises DevelopmentError for weights that do
+    ComfyUI must be on the path (`cli.host.enter`). Raises DevelopmentError for weights that do
     not fit.
     """
     import torch

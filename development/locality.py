@@ -9,12 +9,11 @@ over queries, heads and batch, over every query.
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..cli.host import entered
 from . import DevelopmentError
-from .comfyui import in_process
 from .comfyui.tree import chosen_tree
 from .eval import call_unet, read_input
 
@@ -29,15 +28,14 @@ def main(argv: list[str]) -> int:
             f"Expected --output in a folder that exists, got {options.output}. Make the folder."
         )
     tensors = read_input(options.input)
-    with tempfile.TemporaryDirectory(prefix="deltaconv-") as base:
-        in_process.enter(chosen_tree(), Path(base))
+    with entered(chosen_tree()):
         sites = measure(tensors)
     write_json(options.output, sites)
     return 0
 
 
 def measure(tensors: Mapping) -> dict[str, dict[str, object]]:
-    """Site path → figures of the packaged teacher; `in_process.enter` comes first."""
+    """Site path → figures of the packaged teacher; `cli.host.enter` comes first."""
     import torch
 
     from ..deltaconv.locality.report import SiteLocality, measure_site

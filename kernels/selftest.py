@@ -1,4 +1,4 @@
-"""`python -m comfyui_deltaconv.kernels.selftest`: may the ops be trusted on this device?
+"""May the ops be trusted on this device?
 
 Every dtype and kernel size is compared with the float64 definition and allowed what torch's own
 operators lose in that dtype, on a ragged map with depthwise biases and on one that is compiled as
@@ -6,8 +6,6 @@ real models' are: first forward, which is all that drawing needs, then backward.
 time limit and says what it did not get to; what is compiled already takes no time again.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +14,6 @@ import torch
 
 from . import backend
 from .accuracy import Case, forward_errors, gradient_errors
-from .device import default_device, device_name
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
@@ -163,22 +160,3 @@ def implementation_of(case: Case, dtype: torch.dtype, device: torch.device | str
     sizes = (case.height, case.width, case.dim // 2, case.kernel_size)
     request = backend.Request(device, dtype, *sizes, case.scales)
     return "triton" if backend.uses_triton(request, backend.forced()) else "torch"
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="selftest", description=__doc__)
-    parser.add_argument("--device", default=None, help="default: the GPU, or the CPU without one")
-    parser.add_argument("--seconds", type=float, default=SECONDS)
-    options = parser.parse_args(argv)
-    device = torch.device(options.device) if options.device else default_device()
-    print(f"ΔConv self-test on {device_name(device)}, torch {torch.__version__}")
-    wrong = 0
-    for verdict in self_test(device, options.seconds):
-        wrong += verdict.trusted is False
-        print(verdict, flush=True)
-    print("Some results are wrong: set DELTACONV_KERNELS=torch." if wrong else "No wrong results.")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

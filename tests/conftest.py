@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from comfyui_deltaconv.cli import host
 from comfyui_deltaconv.development import ROOT, unwind_when_terminated
-from comfyui_deltaconv.development.comfyui import in_process
 from comfyui_deltaconv.development.comfyui.browser import chromium, missing_programs
 from comfyui_deltaconv.development.comfyui.server import running
 from comfyui_deltaconv.development.comfyui.tree import chosen_tree
@@ -55,7 +55,7 @@ def comfyui_tree() -> Path:
 @pytest.fixture(scope="session")
 def comfy(comfyui_tree, tmp_path_factory):
     """The package `comfy` of the tree, imported into this process and set to compute on the CPU."""
-    in_process.enter(comfyui_tree, tmp_path_factory.mktemp("comfyui"))
+    host.enter(comfyui_tree, tmp_path_factory.mktemp("comfyui"))
     import comfy
 
     return comfy

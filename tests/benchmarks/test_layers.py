@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_deltaconv.benchmarks import check, contenders, cpu_step, layers, plot, shapes, trial
 from comfyui_deltaconv.benchmarks.shapes import Row
+from comfyui_deltaconv.cli.__main__ import main
 from comfyui_deltaconv.deltaconv import flops
 from comfyui_deltaconv.deltaconv.geometry import BlockGeometry
 from comfyui_deltaconv.kernels import timing
@@ -30,7 +31,7 @@ def report(tmp_path_factory):
         patch.setattr(layers, "SMALL", TINY)
         patch.setattr(trial, "LONGEST_CALL", 1e9)
         patch.setattr(layers, "copy_bandwidth", lambda device: 1e10)
-        assert layers.main(["--device", "cpu", "--repeats", "3", "--json", str(path)]) == 0
+        assert main(["bench", "--device", "cpu", "--repeats", "3", "--json", str(path)]) == 0
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -63,7 +64,7 @@ def test_one_part_alone_has_a_table_and_a_plot(kind, monkeypatch, tmp_path, caps
     monkeypatch.setattr(layers, "MODELS", {"a model": ((TINY[0], 3),)})
     monkeypatch.setattr(layers, "copy_bandwidth", lambda device: 1e10)
     path = tmp_path / "report.json"
-    layers.main(["--device", "cpu", "--repeats", "1", "--only", kind, "--json", str(path)])
+    main(["bench", "--device", "cpu", "--repeats", "1", "--only", kind, "--json", str(path)])
     found = json.loads(path.read_text(encoding="utf-8"))
     expected = {"training": ["training", "training sweep"]}.get(kind, [kind])
     assert [entry["kind"] for entry in found["results"]] == expected
@@ -100,7 +101,7 @@ def test_the_distance_to_the_floor_adds_up(report, capsys):
 
 def test_a_report_without_layers_has_no_table(tmp_path, capsys):
     path = tmp_path / "flops.json"
-    layers.main(["--flops", "--json", str(path)])
+    main(["bench", "--flops", "--json", str(path)])
     with pytest.raises(SystemExit):
         plot.main([str(path)])
     assert "expected results of layers" in capsys.readouterr().err
@@ -117,9 +118,8 @@ def test_the_readme_has_the_table_that_the_committed_json_gives():
 
 @pytest.mark.parametrize("what", [["--flops"], ["--comfyui", "nowhere"], []])
 def test_a_folder_that_is_not_there_is_refused_before_anything_runs(what, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        layers.main([*what, "--json", str(tmp_path / "none" / "x.json")])
-    assert "expected --json in a folder that exists" in capsys.readouterr().err
+    assert main(["bench", *what, "--json", str(tmp_path / "none" / "x.json")]) == 1
+    assert "Expected --json in a folder that exists" in capsys.readouterr().err
 
 
 def test_what_is_too_slow_in_a_sweep_is_not_tried_at_larger_sizes(monkeypatch):
@@ -272,7 +272,7 @@ def test_saved_memory_leaves_out_what_the_caller_owns():
 
 def test_flops_place_the_papers_headline(capsys, tmp_path):
     path = tmp_path / "flops.json"
-    assert layers.main(["--flops", "--json", str(path)]) == 0
+    assert main(["bench", "--flops", "--json", str(path)]) == 0
     found = json.loads(path.read_text(encoding="utf-8"))["flops"]
     assert [row["pixels"] for row in found] == [512, 1024, 2048, 4096, 8192, 16384]
 
@@ -308,7 +308,7 @@ def test_flops_place_the_papers_headline(capsys, tmp_path):
 
 def test_the_headline_is_recomputed_from_the_papers_own_formula(capsys, tmp_path):
     path = tmp_path / "flops.json"
-    assert layers.main(["--flops", "--json", str(path)]) == 0
+    assert main(["bench", "--flops", "--json", str(path)]) == 0
     found = json.loads(path.read_text(encoding="utf-8"))["headline"]
     by_size = {tuple(row["pixels"]): row for row in found}
     largest = by_size[15360, 8640]
@@ -361,12 +361,12 @@ def test_the_demos_blocks_are_timed_against_how_they_were_first_written(
     tmp_path, capsys, monkeypatch
 ):
     path = tmp_path / "step.json"
-    line = ["--cpu-step", "--repeats", "1", "--batch", "1", "--json", str(path)]
-    assert layers.main(line) == 0
+    line = ["bench", "--cpu-step", "--repeats", "1", "--batch", "1", "--json", str(path)]
+    assert main(line) == 0
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["blocks"] == 10 and found["environment"]["load"]
     assert {timing["samples"] for timing in found["times"].values()} == {1}
     assert "load average" in capsys.readouterr().out
     monkeypatch.setattr(cpu_step, "first_written", lambda block, x: x)
-    with pytest.raises(SystemExit, match="nothing was timed"):
-        layers.main(line)
+    assert main(line) == 1
+    assert "nothing was timed" in capsys.readouterr().err

@@ -1,23 +1,19 @@
-"""`python dev.py distill`: a whole run on the packaged demo, at a small size, from a folder."""
+"""`deltaconv distill`: a whole run on the packaged demo, at a small size, from a folder."""
 
 import hashlib
 import json
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import comfyui_deltaconv
 import pytest
 import torch
+from comfyui_deltaconv.cli import CommandError, distill
+from comfyui_deltaconv.cli.distill import distill_as
+from comfyui_deltaconv.cli.distill_config import Configuration, chosen_settings, read_configuration
+from comfyui_deltaconv.cli.distill_inputs import read_folder
 from comfyui_deltaconv.deltaconv import demo, read_weights
 from comfyui_deltaconv.deltaconv.distillation import PRESETS, code_settings, paper_settings
-from comfyui_deltaconv.development import DevelopmentError
-from comfyui_deltaconv.development.distil import chosen_settings, read_config, read_folder, run
-from comfyui_deltaconv.development.distil_compare import AUTHORS, _authors, _begun, _steps_within
-from comfyui_deltaconv.development.distil_demo import Pace, distil_demo, training_steps
-from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -47,17 +43,37 @@ def test_a_folder_of_pictures_is_distilled_resumed_and_logged(tmp_path, pictures
         },
         "folder": str(tmp_path / "out"),
     }
-    run(config)
+    distill_as(Configuration(**config))
     weights = read_weights(tmp_path / "out" / "deltaconv.safetensors")
     assert list(weights.sites) == list(config["recipe"])
     assert "demo" in weights.base_model
     config["settings"]["layers"]["steps"] = 4
-    run(config)
+    distill_as(Configuration(**config))
     lines = (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [(line["stage"], line["step"]) for line in map(json.loads, lines)]
     assert steps == [("init", 1), *(("layers", step) for step in (1, 2, 3, 4))]
     assert "resumed after 2 steps" in lines[3]
     assert "Weights:" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, pictures, monkeypatch, capsys):
+    entries = {"data": str(pictures), "size": 16, "folder": str(tmp_path / "out")}
+    entries["recipe"] = {"middle_block.1.transformer_blocks.0.attn1": 3}
+    stages = {"layers": {"steps": 4, "batch": 2}, "joint": {"steps": 0}}
+    entries["settings"] = {"init": "random", **stages}
+
+    def interrupted(record, seconds):
+        if record.stage == "layers":
+            raise KeyboardInterrupt
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "line_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distill_as(Configuration(**entries))
+    distill_as(Configuration(**entries))
+    assert "resumed after 1 step" in capsys.readouterr().out
+    assert read_weights(tmp_path / "out" / "deltaconv.safetensors").training["steps"] == 4
 
 
 def test_pictures_are_what_the_sheet_says():
@@ -81,15 +97,15 @@ def test_pictures_come_with_their_captions(pictures):
 def test_folders_without_usable_pictures_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(DevelopmentError, match="Expected pictures" if content is None else "a.png"):
+    with pytest.raises(CommandError, match="Expected pictures" if content is None else "a.png"):
         read_folder(tmp_path, 8)
 
 
 def test_configuration_problems_are_listed_together(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("model: 3\nsize: true\npreset: best\nmore: 1\n", encoding="utf-8")
-    with pytest.raises(DevelopmentError) as error:
-        read_config(path)
+    with pytest.raises(CommandError) as error:
+        read_configuration(path)
     for word in ("model", "size", "preset", "more"):
         assert word in str(error.value)
 
@@ -98,7 +114,7 @@ def test_a_configuration_names_its_preset(tmp_path):
     path = tmp_path / "x.yaml"
     for name, preset in PRESETS.items():
         path.write_text(f"preset: {name}\nsettings: {{joint: {{steps: 7}}}}\n", encoding="utf-8")
-        found = chosen_settings(read_config(path))
+        found = chosen_settings(read_configuration(path))
         wanted = preset()
         assert found.joint.steps == 7 and found.losses == wanted.losses
         assert found.joint.weight_decay == wanted.joint.weight_decay
@@ -123,51 +139,6 @@ def test_the_nodes_losses_are_presets():
     assert PRESETS[LOSSES[code]]().losses == code_settings("SD1.5").losses
 
 
-@pytest.mark.parametrize("preset", AUTHORS)
-def test_a_comparison_trains_with_the_preset_that_it_names(preset):
-    settings, own = _authors(preset, (0, 20), 2.0, 5), PRESETS[preset]()
-    assert settings.losses == own.losses and settings.init == "random" and settings.seed == 5
-    assert (settings.layers.steps, settings.joint.steps, settings.joint.lr) == (0, 20, 2e-3)
-    assert settings.joint.weight_decay == own.joint.weight_decay
-    assert settings.joint.decayed == own.joint.decayed
-    name = AUTHORS[preset]
-    assert _steps_within(60, name, {f"{name} joint": 2.0}) == (0, 30)
-
-
-@pytest.mark.parametrize("seconds", [0.005, 0.5, 5.0, 60.0])
-def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
-    """A fifth for pictures, an eighth for the initialization, the rest halved between stages."""
-    pace = Pace(teacher=seconds, student=seconds / 2)
-    pictures = 2 * pace.picture_steps(310) * (seconds + 3 * seconds / 2)
-    init = 2 * pace.init_images(310) * seconds / 4
-    layers, joint = training_steps(150, seconds, 2 * seconds)
-    training = layers * seconds + joint * 2 * seconds
-    if seconds < 1:
-        assert pictures + init + training < 0.5 * 310 + 150
-    if seconds < 0.1:
-        assert (pace.picture_steps(310), layers, joint) == (20, 300, 300)
-    # However slow, each part is there.
-    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32
-    assert layers >= 2 and joint >= 2
-
-
-@pytest.mark.any_comfyui
-def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsys):
-    started = time.process_time()
-    figures = distil_demo(tmp_path, seconds=20, side=16)["psnr"]
-    # The processor's time: on a machine that does other things, what cannot be left out takes
-    # longer by the clock.
-    assert time.process_time() - started < 60 * torch.get_num_threads()
-    assert figures["untrained"] < min(figures["initialised"], figures["distilled"])
-    grid = Image.open(tmp_path / "distil_demo.png")
-    assert grid.width > 4 * 192 and grid.height > 4 * 192
-    assert Image.open(tmp_path / "distil_demo_loss.png").width > 400
-    assert len(read_weights(tmp_path / "distil_demo.safetensors").sites) == 10
-    said = capsys.readouterr().out
-    for words in ("layer steps of", "joint", "PSNR", "held-out noise"):
-        assert words in said
-
-
 def test_packaged_pictures_do_not_change():
     found, captions = demo.pictures()
     digest = hashlib.sha256(((found + 1) * 127.5).round().to(torch.uint8).numpy().tobytes())
@@ -180,20 +151,20 @@ def test_checkpoints_that_do_not_load_are_refused_in_a_sentence(tmp_path, conten
     path = tmp_path / "model.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DevelopmentError, match=r"model\.safetensors"):
-        run({"model": str(path), "folder": str(tmp_path / "out")})
+    with pytest.raises(CommandError, match=r"model\.safetensors"):
+        distill_as(Configuration(model=str(path), folder=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("entry", ["size: 0", "size: -4", "samples: 0"])
 def test_sizes_that_cannot_be_are_refused(tmp_path, entry):
     path = tmp_path / "x.yaml"
     path.write_text(entry, encoding="utf-8")
-    with pytest.raises(DevelopmentError, match=entry.split(":", 1)[0]):
-        read_config(path)
+    with pytest.raises(CommandError, match=entry.split(":", 1)[0]):
+        read_configuration(path)
 
 
 @pytest.mark.any_comfyui
-def test_module_is_the_command(tmp_path):
+def test_module_is_the_command(comfyui_tree, tmp_path):
     """As a user starts it, from prompts alone."""
     config = tmp_path / "x.yaml"
     entries = {
@@ -209,34 +180,13 @@ def test_module_is_the_command(tmp_path):
         "folder": str(tmp_path / "out"),
     }
     config.write_text(json.dumps(entries), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "comfyui_deltaconv.deltaconv.distillation",
-        "--config",
-        str(config),
-    ]
-    package = Path(comfyui_deltaconv.__file__).parent
-    parent = tmp_path / "parent"
-    parent.mkdir()
-    (parent / "comfyui_deltaconv").symlink_to(package)
-    environment = {**os.environ, "PYTHONPATH": str(parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "comfyui_deltaconv.cli", "distil", "--config", str(config)]
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui_tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "own samples: 100%" in done.stdout and "Weights:" in done.stdout
     weights = read_weights(tmp_path / "out" / "deltaconv.safetensors")
     assert weights.training["steps"] == 2
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
-
-
-def test_a_stopped_comparison_goes_on_with_its_own_settings_alone(tmp_path):
-    file, identity = tmp_path / "compare.json", {"minutes": 10.0, "settings": {"ours": {"lr": 1}}}
-    assert _begun(file, identity) == identity
-    found = {**identity, "ours": {"runs": [1]}}
-    file.write_text(json.dumps(found), encoding="utf-8")
-    assert _begun(file, identity) == found
-    other = {**identity, "settings": {"ours": {"lr": 2}}}
-    assert _begun(file, other) == other
-    for broken in ("", "[]", "{", "3"):
-        file.write_text(broken, encoding="utf-8")
-        assert _begun(file, identity) == identity

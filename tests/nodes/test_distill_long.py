@@ -18,7 +18,7 @@ def _two_threads():
 
 
 def test_default_recipe_beats_the_published_losses_in_the_same_time(tmp_path):
-    from comfyui_deltaconv.development.distil_compare import compare_recipes
+    from comfyui_deltaconv.development.distill_compare import compare_recipes
 
     # Not where the command keeps its own: what other code has found would be taken up.
     output = tmp_path / "distil-compare.json"
@@ -51,6 +51,8 @@ class Repeating:
 
 
 def test_informed_initialisation_alone_beats_200_layer_steps_from_random():
+    from comfyui_deltaconv.cli.distill_config import Configuration
+    from comfyui_deltaconv.cli.distill_inputs import chosen_data, load_teacher
     from comfyui_deltaconv.deltaconv.distillation import (
         DistillationSettings,
         StageSettings,
@@ -58,13 +60,12 @@ def test_informed_initialisation_alone_beats_200_layer_steps_from_random():
         distill,
     )
     from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
-    from comfyui_deltaconv.development.distil import chosen_data, load_teacher
 
     rates = (1e-3, 3e-3, 1e-2)
-    teacher = load_teacher({}, DistillationSettings())
+    teacher = load_teacher(Configuration(), DistillationSettings())
     kernels = default_kernels(teacher.model_sites.levels)
     with teacher:
-        data = chosen_data({}, teacher)
+        data = chosen_data(Configuration(), teacher)
         (record,) = distill(teacher, kernels, data, DistillationSettings())
         informed = held_out_error(teacher, record.student.averaged_blocks(), data)
 
@@ -88,10 +89,10 @@ def test_informed_initialisation_alone_beats_200_layer_steps_from_random():
 
 
 def test_demo_distils_within_six_minutes(tmp_path):
-    from comfyui_deltaconv.development.distil_demo import distil_demo
+    from comfyui_deltaconv.development.distill_demo import distill_demo
 
     started = time.monotonic()
-    figures = distil_demo(tmp_path)
+    figures = distill_demo(tmp_path)
     assert time.monotonic() - started < 360
     # So few steps lower the error; the pictures' PSNR they leave about where it is.
     psnr, mse = figures["psnr"], figures["mse"]

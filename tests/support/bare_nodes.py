@@ -45,9 +45,9 @@ class Without(PathFinder):
 
 def main() -> None:
     sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-    from comfyui_deltaconv.development.comfyui import in_process
+    from comfyui_deltaconv.cli import host
 
-    in_process.enter(TREE, BASE)
+    host.enter(TREE, BASE)
     import torch
 
     torch.set_num_threads(1)

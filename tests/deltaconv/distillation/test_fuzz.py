@@ -8,6 +8,8 @@ import struct
 import pytest
 import torch
 import toy_teacher as toy
+from comfyui_deltaconv.cli import CommandError
+from comfyui_deltaconv.cli.distill_config import read_configuration
 from comfyui_deltaconv.deltaconv.distillation import (
     PRESETS,
     Dataset,
@@ -20,8 +22,6 @@ from comfyui_deltaconv.deltaconv.distillation.checkpoint import state_files
 from comfyui_deltaconv.deltaconv.distillation.data import draw
 from comfyui_deltaconv.deltaconv.distillation.own_samples import own_samples
 from comfyui_deltaconv.deltaconv.distillation.settings import SitePlan, read_plan
-from comfyui_deltaconv.development import DevelopmentError
-from comfyui_deltaconv.development.distil import read_config
 
 LONG = pytest.param(10_000, marks=pytest.mark.long)
 ODD = [None, True, -1, 0, 2, 1.5, 10**30, float("nan"), float("inf"), "", "x" * 500, [], {}, [[]]]
@@ -197,8 +197,8 @@ def test_configurations_are_read_or_refused(tmp_path, count):
             text[rng.randrange(len(text))] = rng.choice(":[]{}#&*!|>'\"%@`\n\t0x\x00é")
         path.write_text("".join(text), encoding="utf-8")
         try:
-            read_config(path)
-        except DevelopmentError as error:
+            read_configuration(path)
+        except CommandError as error:
             refused += 1
             assert str(path) in str(error)
     assert refused

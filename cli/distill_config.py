@@ -1,0 +1,67 @@
+"""The configuration of `deltaconv distill`: a YAML file, checked before anything is loaded."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..deltaconv.distillation import PRESETS, DistillationSettings
+from . import CommandError
+
+
+class Configuration(BaseModel):
+    """What to distill; the command's --help says what each entry means."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = "demo"
+    data: str = "demo"
+    prompts: list[Any] = []
+    samples: int = Field(64, ge=1, le=10**6)
+    size: int | None = Field(None, ge=1, le=10**6)
+    recipe: dict[Any, Any] = {}
+    gate: Literal["scaled", "sigmoid"] = "scaled"
+    preset: Literal[tuple(PRESETS)] = "default"
+    settings: dict[Any, Any] = {}
+    folder: str = "output/distill"
+
+
+def read_configuration(path: Path | None) -> Configuration:
+    """The entries of a YAML file. Raises CommandError that lists every one that is wrong."""
+    if path is None:
+        return Configuration()
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    # ValueError: a date that is none, a number of too many digits, text that is not UTF-8.
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise CommandError(f"Expected a YAML file at {path}, got: {error}.") from error
+    if not isinstance(entries, dict):
+        raise CommandError(f"Expected entries by name in {path}, got {entries!r:.60}.")
+    unknown = [f"unknown entry {name!r:.40}" for name in entries if not isinstance(name, str)]
+    try:
+        found = Configuration(**{name: entries[name] for name in entries if isinstance(name, str)})
+    except ValidationError as error:
+        unknown += map(_phrase, error.errors())
+    if unknown:
+        raise CommandError(f"{path} cannot be used: {'; '.join(unknown)}.")
+    return found
+
+
+def _phrase(error: Any) -> str:
+    name, got = error["loc"][0], error["input"]
+    if error["type"] == "extra_forbidden":
+        return f"unknown entry {name!r:.40}"
+    number = " a number" if isinstance(got, int | float) and "than" in error["msg"] else ""
+    expected = error["msg"].replace("Input should be", f"expected{number}", 1)
+    return f"{name}: {expected}, got {got!r:.40}"
+
+
+def chosen_settings(configuration: Configuration) -> DistillationSettings:
+    """The preset with the configuration's own settings on top."""
+    mapping = PRESETS[configuration.preset]().to_mapping()
+    for name, value in configuration.settings.items():
+        nested = isinstance(value, dict) and name in ("layers", "joint")
+        mapping[name] = {**mapping[name], **value} if nested else value
+    return DistillationSettings.from_mapping(mapping)

@@ -1,0 +1,121 @@
+"""What a configuration names: the teacher, its pictures and captions, or its own samples.
+
+ComfyUI must be on the path (`host.enter`).
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..deltaconv import demo
+from ..deltaconv.distillation import Dataset, DistillationSettings
+from ..deltaconv.families import FAMILIES
+from . import CommandError
+from .distill_config import Configuration
+
+# Shared by all runs of this folder: drawing them takes longer than most of what follows.
+SAMPLES = Path("output", "distill-samples")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def load_teacher(configuration: Configuration, settings: DistillationSettings):
+    """The packaged demo teacher, or the checkpoint that the configuration names."""
+    from ..nodes.host.demo_model import load_demo_model
+    from ..nodes.host.teacher import ComfyTeacher
+
+    name = configuration.model
+    if name == "demo":
+        model, title = load_demo_model(), f"the packaged demo ({demo.TEACHER_PATH.name})"
+        clip = vae = None
+    else:
+        import comfy.sd
+
+        if not Path(name).is_file():
+            raise CommandError(f"Expected a checkpoint, got {name}, which is not there.")
+        try:
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+        except Exception as error:
+            # Whatever its loaders raise for a file that is damaged or of no known model.
+            raise CommandError(f"ComfyUI cannot load {name}: {error!s:.200}.") from error
+        if model is None:
+            raise CommandError(f"Expected a diffusion model in {name}, got none.")
+        title = Path(name).name
+    teacher = ComfyTeacher(model, differentiable=settings.joint.steps > 0, name=title)
+    teacher.clip, teacher.vae = clip, vae
+    return teacher
+
+
+def chosen_data(configuration: Configuration, teacher):
+    """The demo's pictures or a folder's; of prompts a function that draws the teacher's samples."""
+    from ..deltaconv.distillation.own_samples import own_samples
+    from ..nodes.host.conditioning import encode_prompts
+
+    family = FAMILIES.get(teacher.family)
+    pixels = 8 if teacher.vae is not None else 1
+    size = configuration.size or pixels * (family.native_latent if family else demo.NATIVE_SIZE)
+    if size < pixels:
+        raise CommandError(f"Expected a size of {pixels} pixels or more, got {size}.")
+
+    def encode(texts):
+        return encode_prompts(teacher, list(map(str, texts)), teacher.clip)
+
+    (unconditional,) = encode([""])
+    if prompts := configuration.prompts:
+        channels = teacher.patcher.model.latent_format.latent_channels
+        return partial(
+            own_samples,
+            teacher,
+            encode(prompts),
+            list(map(str, prompts)),
+            unconditional,
+            (channels, size // pixels, size // pixels),
+            count=configuration.samples,
+            cache=SAMPLES,
+            progress=_say_tenths,
+        )
+    if configuration.data == "demo":
+        if teacher.family != demo.FAMILY:
+            raise CommandError("Expected data or prompts for a model of your own, got neither.")
+        pictures, captions = demo.pictures()
+        return Dataset(list(pictures), encode(captions), unconditional)
+    pictures, captions = read_folder(Path(configuration.data), size)
+    latents = [_encode_picture(teacher, picture) for picture in pictures]
+    return Dataset(latents, encode(captions), unconditional)
+
+
+def _say_tenths(done: int, total: int) -> None:
+    if 10 * done // total > 10 * (done - 1) // total:
+        print(f"own samples: {done / total:.0%}", flush=True)
+
+
+def read_folder(folder: Path, size: int) -> tuple[list[torch.Tensor], list[str]]:
+    """Pictures [size, size, 3] in 0…1, cut to squares, and their captions from .txt files."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    if not folder.is_dir():
+        raise CommandError(f"Expected a folder of pictures, got {folder}, which is none.")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
+    if not files:
+        raise CommandError(f"Expected pictures ({', '.join(_ENDINGS)}) in {folder}, got none.")
+    pictures, captions = [], []
+    for file in files:
+        caption = file.with_suffix(".txt")
+        try:
+            picture = ImageOps.fit(Image.open(file).convert("RGB"), (size, size))
+            captions.append(caption.read_text(encoding="utf-8").strip() if caption.exists() else "")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise CommandError(f"Cannot use {file}: {error}.") from error
+        pictures.append(torch.from_numpy(np.array(picture, dtype=np.float32) / 255))
+    return pictures, captions
+
+
+def _encode_picture(teacher, picture: torch.Tensor) -> torch.Tensor:
+    """[H, W, 3] in 0…1 → latent [C, h, w]: through the VAE, or as it is for a model in pixels."""
+    samples = picture[None]
+    if teacher.vae is not None:
+        samples = teacher.vae.encode(samples)
+    else:
+        samples = samples.movedim(-1, 1) * 2 - 1
+    return teacher.latents_in(samples)[0].float().cpu()

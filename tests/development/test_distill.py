@@ -1,0 +1,71 @@
+"""`python dev.py distill --compare` and `--demo`: what they plan, and a demo in seconds."""
+
+import json
+import time
+
+import pytest
+import torch
+from comfyui_deltaconv.deltaconv import read_weights
+from comfyui_deltaconv.deltaconv.distillation import PRESETS
+from comfyui_deltaconv.development.distill_compare import AUTHORS, _authors, _begun, _steps_within
+from comfyui_deltaconv.development.distill_demo import Pace, distill_demo, training_steps
+from PIL import Image
+
+
+@pytest.mark.parametrize("preset", AUTHORS)
+def test_a_comparison_trains_with_the_preset_that_it_names(preset):
+    settings, own = _authors(preset, (0, 20), 2.0, 5), PRESETS[preset]()
+    assert settings.losses == own.losses and settings.init == "random" and settings.seed == 5
+    assert (settings.layers.steps, settings.joint.steps, settings.joint.lr) == (0, 20, 2e-3)
+    assert settings.joint.weight_decay == own.joint.weight_decay
+    assert settings.joint.decayed == own.joint.decayed
+    name = AUTHORS[preset]
+    assert _steps_within(60, name, {f"{name} joint": 2.0}) == (0, 30)
+
+
+@pytest.mark.parametrize("seconds", [0.005, 0.5, 5.0, 60.0])
+def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
+    """A fifth for pictures, an eighth for the initialization, the rest halved between stages."""
+    pace = Pace(teacher=seconds, student=seconds / 2)
+    pictures = 2 * pace.picture_steps(310) * (seconds + 3 * seconds / 2)
+    init = 2 * pace.init_images(310) * seconds / 4
+    layers, joint = training_steps(150, seconds, 2 * seconds)
+    training = layers * seconds + joint * 2 * seconds
+    if seconds < 1:
+        assert pictures + init + training < 0.5 * 310 + 150
+    if seconds < 0.1:
+        assert (pace.picture_steps(310), layers, joint) == (20, 300, 300)
+    # However slow, each part is there.
+    assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32
+    assert layers >= 2 and joint >= 2
+
+
+@pytest.mark.any_comfyui
+@pytest.mark.usefixtures("comfy")
+def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsys):
+    started = time.process_time()
+    figures = distill_demo(tmp_path, seconds=20, side=16)["psnr"]
+    # The processor's time: on a machine that does other things, what cannot be left out takes
+    # longer by the clock.
+    assert time.process_time() - started < 60 * torch.get_num_threads()
+    assert figures["untrained"] < min(figures["initialised"], figures["distilled"])
+    grid = Image.open(tmp_path / "distil_demo.png")
+    assert grid.width > 4 * 192 and grid.height > 4 * 192
+    assert Image.open(tmp_path / "distil_demo_loss.png").width > 400
+    assert len(read_weights(tmp_path / "distil_demo.safetensors").sites) == 10
+    said = capsys.readouterr().out
+    for words in ("layer steps of", "joint", "PSNR", "held-out noise"):
+        assert words in said
+
+
+def test_a_stopped_comparison_goes_on_with_its_own_settings_alone(tmp_path):
+    file, identity = tmp_path / "compare.json", {"minutes": 10.0, "settings": {"ours": {"lr": 1}}}
+    assert _begun(file, identity) == identity
+    found = {**identity, "ours": {"runs": [1]}}
+    file.write_text(json.dumps(found), encoding="utf-8")
+    assert _begun(file, identity) == found
+    other = {**identity, "settings": {"ours": {"lr": 2}}}
+    assert _begun(file, other) == other
+    for broken in ("", "[]", "{", "3"):
+        file.write_text(broken, encoding="utf-8")
+        assert _begun(file, identity) == identity
