@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from . import ROOT, DevelopmentError
-from .comfyui.tree import TORCH_PACKAGES, chosen_tree
+from .comfyui.tree import TORCH_PACKAGES, chosen_tree, requirements
 from .environment import VENV, locked, python_of
 from .release import tomllib
 
@@ -27,16 +27,14 @@ LEAN = VENV / "lean"
 
 def required(tree: Path) -> dict[str, Distribution]:
     """Name → installed distribution of all that ComfyUI's `tree` and the pack require."""
-    lines = (tree / "requirements.txt").read_text(encoding="utf-8").splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = [line for line in lines if line.strip() and not line.strip().startswith("#")]
-    return closure(map(Requirement, [*TORCH_PACKAGES, *named, *project["dependencies"]]))
+    return closure([*TORCH_PACKAGES, *requirements(tree), *project["dependencies"]])
 
 
-def closure(requirements: Iterable[Requirement]) -> dict[str, Distribution]:
-    """Name → installed distribution of what is required, directly or by another."""
+def closure(lines: Iterable[str], *, skip_missing: bool = False) -> dict[str, Distribution]:
+    """Name → installed distribution of what these requirements bring, directly or by another."""
     found, seen = {}, set()
-    open_ = [(requirement, "") for requirement in requirements]
+    open_ = [(Requirement(line), "") for line in lines]
     while open_:
         requirement, extra = open_.pop()
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
@@ -49,6 +47,8 @@ def closure(requirements: Iterable[Requirement]) -> dict[str, Distribution]:
             try:
                 found[name] = distribution(name)
             except PackageNotFoundError as error:
+                if skip_missing:
+                    continue
                 raise DevelopmentError(
                     f"Expected {requirement} in {VENV}, got no such package. If pyproject.toml "
                     "has changed, run `python dev.py lock`; then run this again."

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from comfyui_deltaconv.development import ROOT
+from comfyui_deltaconv.development.comfyui.tree import TORCH_PACKAGES, requirements
+from comfyui_deltaconv.development.lean import closure
 from comfyui_deltaconv.development.release import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -17,35 +18,11 @@ SCRIPT = Path(__file__).parents[1] / "support" / "bare_nodes.py"
 EXTRAS = {"matplotlib", "torchmetrics", "bitsandbytes"}
 
 
-def needed(lines: list[str]) -> Iterator[Requirement]:
-    for line in lines:
-        if line.strip() and not line.startswith("#"):
-            yield Requirement(line)
-
-
-def brought(lines: list[str]) -> set[str]:
-    """Names of all installed distributions that requirements bring, their own included."""
-    found, open_ = set(), [(need, "") for need in needed(lines)]
-    while open_:
-        need, extra = open_.pop()
-        name = canonicalize_name(need.name)
-        if need.marker and not need.marker.evaluate({"extra": extra}):
-            continue
-        wanted = [(name, ""), *((name, one) for one in need.extras)]
-        for key in wanted:
-            if key not in found:
-                found.add(key)
-                try:
-                    open_ += [(Requirement(line), key[1]) for line in requires(name) or []]
-                except PackageNotFoundError:
-                    continue
-    return {name for name, _ in found}
-
-
 def absent(tree: Path) -> set[str]:
     """Top-level modules of this environment that ComfyUI does not bring."""
-    theirs = brought((tree / "requirements.txt").read_text(encoding="utf-8").splitlines())
-    theirs |= {"deltaconv", "pip", "setuptools"}
+    # The environment is made for one of the ComfyUIs: another one may ask for more.
+    brought = closure([*TORCH_PACKAGES, *requirements(tree)], skip_missing=True)
+    theirs = brought.keys() | {"deltaconv", "pip", "setuptools"}
     return {
         module
         for module, distributions in packages_distributions().items()
@@ -88,6 +65,6 @@ def test_what_the_templates_draw_with_is_installed_by_comfyui_manager():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == project["dependencies"]
-    assert "matplotlib" in {need.name for need in needed(project["dependencies"])}
-    kept = {"torch", "torchvision", "numpy", "pillow", "triton"}
-    assert not kept & {need.name for need in needed(project["dependencies"])}
+    names = {Requirement(line).name for line in project["dependencies"]}
+    assert "matplotlib" in names
+    assert not names & {"torch", "torchvision", "numpy", "pillow", "triton"}
