@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from comfyui_deltaconv.development import ROOT
-from comfyui_deltaconv.development.release import problems
+from comfyui_deltaconv.development import ROOT, DevelopmentError
+from comfyui_deltaconv.development.release import main, problems, tomllib
 
 FILES = ("pyproject.toml", "CHANGELOG.md", "LICENSE", "NOTICE", "README.md")
 
@@ -14,10 +14,16 @@ def ready(tmp_path):
     """A copy of the repository's papers in which everything is ready."""
     for name in FILES:
         shutil.copy(ROOT / name, tmp_path)
-    edit(tmp_path / "pyproject.toml", "deltaconv.invalid", "example.org")
+    edit(tmp_path / "pyproject.toml", address(), "https://example.org/repository")
     changes = tmp_path / "CHANGELOG.md"
     changes.write_text(changes.read_text(encoding="utf-8") + "\n## [0.1.0]\n", encoding="utf-8")
     return tmp_path
+
+
+def address():
+    """The repository's, as pyproject.toml has it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return settings["project"]["urls"]["Repository"]
 
 
 def edit(path, old, new):
@@ -30,8 +36,14 @@ def test_a_ready_repository_passes(ready):
     assert problems(ready) == []
 
 
-def test_the_repository_as_it_is_has_no_public_home():
-    assert any("deltaconv.invalid" in reason for reason in problems(ROOT))
+def test_the_command_says_what_still_keeps_the_repository_from_being_published(capsys):
+    if reasons := problems(ROOT):
+        with pytest.raises(DevelopmentError) as refused:
+            main([])
+        assert all(f"  - {reason}" in str(refused.value) for reason in reasons)
+    else:
+        assert main([]) == 0
+        assert "Ready to be published." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -57,6 +69,6 @@ def test_the_repository_address_stands_in_one_place():
     holders = [
         path.name
         for path in ROOT.iterdir()
-        if path.is_file() and "deltaconv.invalid" in path.read_text(encoding="utf-8")
+        if path.is_file() and address() in path.read_text(encoding="utf-8")
     ]
     assert holders == ["pyproject.toml"]
