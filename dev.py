@@ -26,7 +26,7 @@ COMMANDS = {
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
     "distill": "distill the demo, or any checkpoint, into ΔConv weights",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
-    "lint": "check style and formatting",
+    "lint": "check style, formatting, import contracts and types",
     "lock": "write the versions that set-up installs anew; --upgrade takes the newest",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",
     "release": "say what still keeps this version from being published",

@@ -1,4 +1,4 @@
-"""What `python dev.py demo --distil` runs: the demo teacher distilled in a few minutes on a CPU.
+"""What `python dev.py demo --distill` runs: the demo teacher distilled in a few minutes on a CPU.
 
 The time is fixed and the work adapts: pictures, initialization and steps are planned from what one
 call and one step take on this machine.

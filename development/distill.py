@@ -1,13 +1,11 @@
-"""`python dev.py distill`: what `deltaconv distill` does, and the comparisons behind the README.
+"""`python dev.py distill`: `deltaconv distill`, and the comparisons behind the README.
 
-Further arguments are the product's own, among them --config FILE and --comfyui PATH.
---demo and --compare compute on the CPU.
-"""
+--demo and --compare take no configuration and compute on the CPU."""
 
 import argparse
 
-from ..cli.__main__ import main as product
-from ..cli.host import entered
+from ..cli import distill as product
+from ..cli.host import entered, find_comfyui
 from . import ROOT
 from .comfyui.tree import chosen_tree
 from .distill_compare import AUTHORS, compare_recipes
@@ -17,10 +15,10 @@ from .distill_demo import distill_demo
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="dev.py distill",
-        description=__doc__,
+        description=f"{__doc__}\n\n{product.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
+    product.add_arguments(parser)
     parser.add_argument(
         "--compare",
         type=float,
@@ -38,12 +36,11 @@ def main(argv: list[str]) -> int:
         "--demo", action="store_true", help="a few minutes of it on the demo, with a grid"
     )
     parser.add_argument("--seeds", type=int, default=3, help="for --compare")
-    options, rest = parser.parse_known_args(argv)
+    options = parser.parse_args(argv)
+    options.comfyui = options.comfyui or chosen_tree()
     if not (options.compare or options.demo):
-        return product(["distill", "--comfyui", str(chosen_tree()), *rest])
-    if rest:
-        parser.error(f"expected nothing beside --compare or --demo, got {' '.join(rest)}")
-    with entered(chosen_tree()):
+        return product.run(options)
+    with entered(find_comfyui(options.comfyui)):
         if options.compare:
             # The paper's keeps the name that it had when it was the only one.
             name = "" if options.against == "paper" else f"-{options.against}"
