@@ -1,5 +1,6 @@
 """Fixtures that bring the real ComfyUI: its modules in this process, its server, its web page."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -59,6 +60,54 @@ def comfy(comfyui_tree, tmp_path_factory):
     import comfy
 
     return comfy
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread: its own rounding depends on how many share a sum."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def as_comfyui_runs_nodes(comfy):
+    """Inference mode, and afterwards no model left loaded."""
+    import comfy.model_management
+    import torch
+
+    with torch.inference_mode():
+        yield
+    # Dead models first: 0.18.2 counts its list of loaded models wrong where one dies meanwhile.
+    gc.collect()
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture
+def demo_model(as_comfyui_runs_nodes):
+    """The packaged demo's MODEL."""
+    from comfyui_deltaconv.nodes.host.demo_model import load_demo_model
+
+    return load_demo_model()
+
+
+@pytest.fixture
+def demo_weights():
+    """The packaged demo's ΔConv weights."""
+    from comfyui_deltaconv.deltaconv import demo, read_weights
+
+    return read_weights(demo.DELTACONV_PATH)
+
+
+@pytest.fixture
+def pixart(as_comfyui_runs_nodes):
+    """A small real PixArt with random weights."""
+    from host_models import SMALL_PIXART, host_model, randomize
+
+    return randomize(host_model("PixArtSigma", SMALL_PIXART), 0.1)
 
 
 @pytest.fixture(scope="session")

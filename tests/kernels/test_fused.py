@@ -34,6 +34,9 @@ from comfyui_deltaconv.kernels.fused import backward, forward, plan  # noqa: E40
 os.environ.pop("TRITON_INTERPRET", None)
 
 
+# Torch's own rounding is the yardstick.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TILES = (*(tile for _, tile in plan.PROJECTION_TILES), plan.NARROW_TILE)
 
 
@@ -63,15 +66,6 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Torch's own rounding is the yardstick, and depends on how many threads share a sum."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_within_budget(errors, dtype):

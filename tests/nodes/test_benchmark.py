@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import benchmark, demo, read_weights
+from comfyui_deltaconv.deltaconv import benchmark, demo
 from comfyui_deltaconv.deltaconv.benchmark import CONTENDERS, Contender, SizeTimes
 
 CPU = torch.device("cpu")
@@ -149,28 +149,6 @@ def run(model, weights, **inputs):
 
     quick = {"sizes": "8, 16x12", "repeats": 2, "seconds": 60.0}
     return DeltaConvBenchmark.execute(model, weights, **{**quick, **inputs}).args
-
-
-@pytest.fixture
-def as_comfyui_runs_nodes(comfy):
-    with torch.inference_mode():
-        yield
-    import comfy.model_management
-
-    gc.collect()
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def base(as_comfyui_runs_nodes):
-    from comfyui_deltaconv.nodes.host.demo_model import load_demo_model
-
-    return load_demo_model()
-
-
-@pytest.fixture
-def weights():
-    return read_weights(demo.DELTACONV_PATH)
 
 
 def loaded():

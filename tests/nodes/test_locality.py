@@ -12,28 +12,9 @@ from comfyui_deltaconv.deltaconv.locality.settings import LocalityPlan
 from comfyui_deltaconv.deltaconv.locality.text import report_text
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 MEASURED = ("x", "timesteps", "context")
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy):
-    with torch.inference_mode():
-        yield
-    import gc
-
-    import comfy.model_management
-
-    gc.collect()
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def model(comfy):
-    from comfyui_deltaconv.nodes.host.demo_model import load_demo_model
-
-    return load_demo_model()
 
 
 @pytest.fixture
@@ -49,33 +30,6 @@ def small():
 @pytest.fixture
 def golden(data):
     return load_file(data / "demo_forward.safetensors")
-
-
-@pytest.fixture
-def pixart(comfy):
-    """A small real PixArt with random weights."""
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = comfy.supported_models.PixArtSigma(
-        {
-            "image_model": "pixart_sigma",
-            "depth": 2,
-            "hidden_size": 48,
-            "num_heads": 4,
-            "input_size": 16,
-            "micro_condition": False,
-            "caption_channels": 32,
-            "model_max_length": 8,
-            "pe_interpolation": 1,
-        }
-    )
-    made = config.get_model({}, "", device="cpu")
-    torch.manual_seed(0)
-    for parameter in made.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.1)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(made, cpu, cpu)
 
 
 def call(model, golden, options=None):

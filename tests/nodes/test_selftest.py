@@ -5,14 +5,12 @@ import torch
 from comfyui_deltaconv.kernels import accuracy, eager, selftest
 
 DTYPES = ("float16", "bfloat16", "float32")
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 
 @pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy, monkeypatch):
+def few_kernels(monkeypatch):
     monkeypatch.setattr(selftest, "KERNEL_SIZES", (3, 5))
-    with torch.inference_mode():
-        yield
 
 
 def run(**inputs):

@@ -1,34 +1,9 @@
 """What tests of patched MODELs share: the demo model and a small PixArt, applied and sampled."""
 
-import gc
-
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import DeltaConvBlock, demo, read_weights
+from comfyui_deltaconv.deltaconv import DeltaConvBlock, demo
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy):
-    with torch.inference_mode():
-        yield
-    import comfy.model_management
-
-    # Dead models first: 0.18.2 counts its list of loaded models wrong where one dies meanwhile.
-    gc.collect()
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def base(comfy):
-    from comfyui_deltaconv.nodes.host.demo_model import load_demo_model
-
-    return load_demo_model()
-
-
-@pytest.fixture
-def weights():
-    return read_weights(demo.DELTACONV_PATH)
 
 
 def apply(model, weights, **inputs):
@@ -78,33 +53,6 @@ def lora(base, part):
 
     state = lora_state(base, part)
     return lambda model: comfy.sd.load_lora_for_models(model, None, state, 1.0, 1.0)[0]
-
-
-@pytest.fixture
-def pixart(comfy):
-    """A small real PixArt with random weights."""
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = comfy.supported_models.PixArtSigma(
-        {
-            "image_model": "pixart_sigma",
-            "depth": 3,
-            "hidden_size": 48,
-            "num_heads": 4,
-            "input_size": 16,
-            "micro_condition": False,
-            "caption_channels": 32,
-            "model_max_length": 8,
-            "pe_interpolation": 1,
-        }
-    )
-    model = config.get_model({}, "", device="cpu")
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.1)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
 
 @pytest.fixture

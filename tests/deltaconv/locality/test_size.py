@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_deltaconv.deltaconv.locality.attention import memory_bound
 from comfyui_deltaconv.deltaconv.locality.settings import LocalityPlan
+from host_models import REAL, host_model, randomize
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("comfy")]
@@ -48,35 +49,9 @@ def test_a_measured_step_takes_at_most_three_stock_steps(comfy, data):
 @torch.inference_mode()
 def test_sd15_at_512_stays_within_its_memory_bound(comfy):
     import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
 
-    config = comfy.supported_models.SD15(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "num_res_blocks": [2, 2, 2, 2],
-            "channel_mult": [1, 2, 4, 4],
-            "num_heads": 8,
-            "use_spatial_transformer": True,
-            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-            "transformer_depth_middle": 1,
-            "context_dim": 768,
-            "use_linear_in_transformer": False,
-            "adm_in_channels": None,
-            "use_temporal_attention": False,
-            "legacy": False,
-        }
-    )
-    model = config.get_model({}, "", device="cpu")
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.02)
-    cpu = torch.device("cpu")
-    probe, clone = watched(comfy.model_patcher.ModelPatcher(model, cpu, cpu))
+    model = randomize(host_model(*REAL["sd1"]), 0.02)
+    probe, clone = watched(model)
     assert len(probe.model_sites.sites) == 16
     comfy.model_management.load_models_gpu([clone])
     x, context = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)

@@ -9,13 +9,13 @@ import torch
 from comfyui_deltaconv.deltaconv import DeltaConvBlock
 from comfyui_deltaconv.deltaconv.families import FAMILIES
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+from host_models import host_model, randomize
 
-as_comfyui_runs_nodes = models.as_comfyui_runs_nodes
 KINDS = ("Anima", "CosmosT2IPredict2")
 DIM, DEPTH, TEXT = 64, 3, 32
 SITES = [f"blocks.{index}.self_attn" for index in range(DEPTH)]
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 
 def config(kind, **changes):
@@ -50,18 +50,9 @@ def config(kind, **changes):
 
 def build(kind, device="cpu", **changes):
     """A MODEL of ComfyUI's own class; `device` meta has no weights."""
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    found = getattr(comfy.supported_models, kind)(config(kind, **changes))
-    model = found.get_model({}, "", device=device)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        # Anima's text modules take no part; they are large and stay untouched.
-        if device != "meta" and "llm_adapter" not in name:
-            parameter.copy_(torch.randn_like(parameter) * 0.15)
-    device = torch.device(device)
-    return comfy.model_patcher.ModelPatcher(model, device, device)
+    made = host_model(kind, config(kind, **changes), device)
+    # Anima's text modules take no part; they are large and stay untouched.
+    return randomize(made, 0.15, lambda name: device != "meta" and "llm_adapter" not in name)
 
 
 @pytest.fixture(params=KINDS)

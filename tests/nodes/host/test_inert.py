@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-as_comfyui_runs_nodes, base, weights = models.as_comfyui_runs_nodes, models.base, models.weights
 apply = models.apply
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 INERT = "on replaced self-attention layers have no effect where blocks run"
 MIDDLE = "middle_block.1.transformer_blocks.0.attn1"

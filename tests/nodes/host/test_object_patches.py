@@ -11,10 +11,9 @@ import patched_models as models
 import pytest
 import torch
 
-as_comfyui_runs_nodes, base, weights = models.as_comfyui_runs_nodes, models.base, models.weights
-pixart, pixart_weights = models.pixart, models.pixart_weights
+pixart_weights = models.pixart_weights
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 
 class Around(torch.nn.Module):

@@ -6,18 +6,9 @@ from comfyui_deltaconv.deltaconv import DeltaConvBlock, demo, read_weights
 from comfyui_deltaconv.deltaconv import block as block_file
 from comfyui_deltaconv.kernels.accuracy import distance
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy):
-    with torch.inference_mode():
-        yield
-    import comfy.model_management
-
-    comfy.model_management.unload_all_models()
 
 
 def plain_block():

@@ -20,10 +20,9 @@ apply, lora, sample, sample_pixart = (
     models.sample,
     models.sample_pixart,
 )
-as_comfyui_runs_nodes, base, weights = models.as_comfyui_runs_nodes, models.base, models.weights
-pixart, pixart_weights = models.pixart, models.pixart_weights
+pixart_weights = models.pixart_weights
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 
 @pytest.fixture

@@ -1,0 +1,56 @@
+"""MODELs of ComfyUI's own classes, and their configurations as its detection finds them, once."""
+
+import torch
+from comfyui_deltaconv.benchmarks.models import MODELS
+
+# Family → ComfyUI's class and the configuration of a checkpoint of real size.
+REAL = {family: (name, config) for family, (name, config, _) in MODELS.items()}
+_SD, _XL = REAL["sd1"][1], REAL["sdxl"][1]
+REAL["sd2"] = ("SD20", {**_SD, "context_dim": 1024, "use_linear_in_transformer": True})
+REAL["sdxl-refiner"] = (
+    "SDXLRefiner",
+    {
+        **_XL,
+        "model_channels": 384,
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
+        "transformer_depth_middle": 4,
+        "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
+        "context_dim": 1280,
+        "adm_in_channels": 2560,
+    },
+)
+SMALL_PIXART = {
+    "image_model": "pixart_sigma",
+    "depth": 3,
+    "hidden_size": 48,
+    "num_heads": 4,
+    "input_size": 16,
+    "micro_condition": False,
+    "caption_channels": 32,
+    "model_max_length": 8,
+    "pe_interpolation": 1,
+}
+
+
+def host_model(class_name, config, device="cpu", dtype=None):
+    """A MODEL of that class; on the device meta without memory for its weights."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    made = getattr(comfy.supported_models, class_name)(config)
+    if dtype is not None:
+        made.set_inference_dtype(dtype, None)
+    model = made.get_model({}, "", device=device)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+def randomize(patcher, scale, chosen=lambda name: True):
+    """Normal weights of that scale in every parameter that `chosen` takes; returns the MODEL."""
+    torch.manual_seed(0)
+    for name, parameter in patcher.model.named_parameters():
+        if chosen(name):
+            parameter.data.copy_(torch.randn_like(parameter) * scale)
+    return patcher
