@@ -9,12 +9,7 @@ import torch
 from comfyui_deltaconv import kernels
 from comfyui_deltaconv.benchmarks import shapes
 from comfyui_deltaconv.deltaconv import DeltaConvBlock
-from comfyui_deltaconv.kernels import (
-    accuracy,
-    backend,
-    compile_ahead,
-    selftest,
-)
+from comfyui_deltaconv.kernels import accuracy, compile_ahead, selftest
 from comfyui_deltaconv.kernels.accuracy import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,11 +46,6 @@ def forced(monkeypatch):
         # Half of the interpreter's time goes into watching small integers not overflow.
         quick = replace(interpreter_builder.options, sanitize_overflow=False)
         monkeypatch.setattr(interpreter_builder, "options", quick)
-    for cached in (backend.uses_triton, backend.triton_problem):
-        cached.cache_clear()
-    yield
-    for cached in (backend.uses_triton, backend.triton_problem):
-        cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
