@@ -240,6 +240,19 @@ def test_projection_adds_the_context_of_its_own_image(tile, inner, dim, dtype):
     assert accuracy.distance(out, exact.cpu()).within(accuracy.distance(own, exact.cpu()), dtype)
 
 
+@pytest.mark.parametrize("dim", [16, None], ids=["projection", "pyramid"])
+def test_ready_launches_get_the_addresses_of_the_same_memory(monkeypatch, dim):
+    shape = plan.Shape(2, 5, 4, 8, 3, (1.0, 0.5), "scaled", torch.float16, torch.device("cpu"))
+    planned = plan.plan_forward(shape, dim, torch.float16)
+    monkeypatch.setattr(plan.Launch, "ready", True)
+    memory, addresses = planned.memory(shape.device)
+    for name, buffer in planned.buffers.items():
+        tensor = buffer.of(memory)
+        # Without a projection there is no pyramid, and an empty tensor has no address.
+        assert getattr(addresses, name) == tensor.data_ptr() or not tensor.numel()
+    assert planned.size == memory.numel() and len(planned.buffers) == len(addresses)
+
+
 def variants(case, device_memory):
     """What Triton compiles anew for, kernel, gate and biases aside, in the launches of a case."""
     aside = {"K": 0, "SIGMOID": 0, "BIASED": 0}
