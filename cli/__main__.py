@@ -31,6 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     except CommandError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(
+            f"\nExpected the Python that runs ComfyUI, got {sys.executable}, which has no module "
+            f"{error.name}. Run this with ComfyUI's Python, or install it there.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ import sys
 import pytest
 from comfyui_deltaconv.cli import CommandError, bench, device, host, selftest
 from comfyui_deltaconv.cli.__main__ import ALIASES, COMMANDS, main
+from comfyui_deltaconv.development import ROOT
 
 
 def make_comfyui(folder):
@@ -37,6 +38,15 @@ def test_an_error_is_one_sentence_and_code_1(monkeypatch, capsys):
     monkeypatch.setattr(selftest, "run", refuse)
     assert main(["selftest"]) == 1
     assert capsys.readouterr().err == "\nExpected this, got that.\n"
+
+
+def test_another_python_than_comfyuis_is_told_so(tmp_path):
+    # Without its site-packages it has the standard library alone.
+    (tmp_path / "deltaconv").symlink_to(ROOT)
+    line = [sys.executable, "-S", "-m", "deltaconv.cli", "selftest"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "has no module torch" in done.stderr and sys.executable in done.stderr
 
 
 def test_ctrl_c_is_code_130(monkeypatch, capsys):
