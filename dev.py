@@ -22,6 +22,7 @@ from development.environment import ensure
 # To add a command: write development/<command>.py with `main(argv: list[str]) -> int`, add a line.
 # bench and selftest are the product's (cli/); distill adds to it.
 COMMANDS = {
+    "architecture": "draw the map of docs/architecture.md from the imports",
     "bench": "time attention, its replacements and the ΔConvBlock on this machine",
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
     "distill": "distill the demo, or any checkpoint, into ΔConv weights",
@@ -42,7 +43,7 @@ WITHOUT_ENVIRONMENT = {"lock"}
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items()]
+    lines = [f"  {name:<14}{purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join(["usage: python dev.py COMMAND [arguments]", "", *lines])
 
 
