@@ -240,7 +240,7 @@ def test_pictures_of_teacher_and_student_and_the_curve_are_shown(model, progress
 @pytest.mark.any_comfyui
 def test_progress_is_shown_of_samples_and_initialisation_too(model, progress):
     own = {"latents": None, "positive": None, "unconditional": None, "prompts": "octopus"}
-    node(model, **own, layer_steps=1, samples=3, initialization="informed", batch_size=8)
+    node(model, **own, layer_steps=1, samples=3, initialisation="informed", batch_size=8)
     totals = [total for _, total, _ in progress]
     assert 20 in totals and 100 in totals and totals[-1] == 2
     # A bar that was full begins anew.
