@@ -17,6 +17,22 @@ _LINEARS = ("conv_up", "conv_out", "conv_pool")
 
 
 @dataclass(frozen=True)
+class BlockPlan:
+    """The block at a site: kernel k and scales as fractions of H × W; its dim is the site's.
+
+    `biased` are the scales, by index, whose depthwise convolution has a bias.
+    """
+
+    kernel: int
+    scales: tuple[float, ...] = SCALES_BY_COUNT[2]
+    biased: tuple[int, ...] = ()
+
+    def geometry(self, dim: int) -> "BlockGeometry":
+        """What the tensors of this block say at a site of `dim` channels."""
+        return BlockGeometry(dim, self.kernel, len(self.scales), self.biased)
+
+
+@dataclass(frozen=True)
 class BlockGeometry:
     """What the tensors of a block say about it: dim C, kernel k, number of scales S.
 
@@ -28,6 +44,10 @@ class BlockGeometry:
     num_scales: int
     biased: tuple[int, ...] = ()
 
+    def plan(self, scales: tuple[float, ...]) -> BlockPlan:
+        """The block at its site, with `scales`, of which its tensors say the number alone."""
+        return BlockPlan(self.kernel_size, scales, self.biased)
+
     @property
     def parameters(self) -> int:
         """Number of parameters of the block."""
@@ -36,7 +56,7 @@ class BlockGeometry:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Published name → canonical shape of every tensor of the block."""
         c, h, k = self.dim, self.dim // 2, self.kernel_size
-        shapes = {"conv_up.weight": (h, c), "conv_up.bias": (h,)}
+        shapes: dict[str, tuple[int, ...]] = {"conv_up.weight": (h, c), "conv_up.bias": (h,)}
         for scale in range(self.num_scales):
             shapes[f"gates.{scale}.conv_spatial.weight"] = (k, k, h)
             if scale in self.biased:
@@ -84,28 +104,28 @@ def read_geometry(shapes: Mapping[str, Sequence[int]]) -> BlockGeometry:
     `conv_up.bias` and depthwise biases may be missing. Raises ValueError with every missing,
     surplus and misshapen tensor in one message.
     """
-    shapes = {name: canonical_shape(name, shape) for name, shape in shapes.items()}
-    scales = [int(match[1]) for match in map(_DEPTHWISE.fullmatch, shapes) if match]
+    found = {name: canonical_shape(name, shape) for name, shape in shapes.items()}
+    scales = [int(match[1]) for match in map(_DEPTHWISE.fullmatch, found) if match]
     # A stray gates.999999 must not make a million "missing" names.
     num_scales = max((s for s in scales if s < 8), default=0) + 1
-    dim = _first(shapes, (("conv_pool.weight", 1), ("conv_up.weight", 1), ("conv_out.weight", 0)))
+    dim = _first(found, (("conv_pool.weight", 1), ("conv_up.weight", 1), ("conv_out.weight", 0)))
     depthwise = [f"gates.{scale}.conv_spatial.weight" for scale in range(num_scales)]
-    kernel_size = _first(shapes, ((name, 0) for name in depthwise))
+    kernel_size = _first(found, ((name, 0) for name in depthwise))
     problems = check_geometry(dim, kernel_size) if dim and kernel_size else []
 
-    biased = sorted({int(match[1]) for match in map(_DEPTHWISE_BIAS.fullmatch, shapes) if match})
+    biased = sorted({int(match[1]) for match in map(_DEPTHWISE_BIAS.fullmatch, found) if match})
     biased = tuple(scale for scale in biased if scale < num_scales)
     geometry = BlockGeometry(dim or 0, kernel_size or 0, num_scales, biased)
     expected = geometry.shapes()
-    if missing := sorted(expected.keys() - shapes.keys() - _OPTIONAL):
+    if missing := sorted(expected.keys() - found.keys() - _OPTIONAL):
         problems.append(f"missing: {', '.join(missing)}")
-    if surplus := sorted(shapes.keys() - expected.keys()):
+    if surplus := sorted(found.keys() - expected.keys()):
         problems.append(f"not part of a block: {', '.join(surplus)}")
     if not problems:
         for name, shape in expected.items():
-            if shapes.get(name, shape) != shape:
+            if found.get(name, shape) != shape:
                 reason = " (one kernel size per block)" if name in depthwise else ""
-                problems.append(f"{name} is {list(shapes[name])}, expected {list(shape)}{reason}")
+                problems.append(f"{name} is {list(found[name])}, expected {list(shape)}{reason}")
     if problems:
         raise ValueError("These tensors do not make a ΔConvBlock: " + "; ".join(problems) + ".")
     return geometry

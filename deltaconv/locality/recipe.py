@@ -7,11 +7,10 @@ from fractions import Fraction
 
 from ..families import FAMILIES, family_title
 from ..flops import attention_flops, block_flops
-from ..geometry import BlockGeometry
+from ..geometry import BlockPlan
 from .report import KERNELS, LocalityReport, SiteLocality
 
 PRESETS = ("measured", "published", "budget")
-_SCALES = (1.0, 0.5)
 # Largest error at which a layer that looks by picture is replaced.
 TOLERATED_ERROR = 0.01
 
@@ -21,35 +20,29 @@ class RecipeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Step:
-    """What happens to one site: kept as it is, or replaced by a block of this geometry."""
-
-    replace: bool
-    kernel: int = KERNELS[0]
-    scales: tuple[float, ...] = _SCALES
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """Site path → step, in network order; `notes` give reasons by site, `about` the origin."""
+    """Site path → its block, None where attention stays, in network order.
 
-    steps: Mapping[str, Step]
+    `notes` say per site why, `about` what the recipe comes from.
+    """
+
+    blocks: Mapping[str, BlockPlan | None]
     about: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def replaced(self) -> dict[str, Step]:
+    def replaced(self) -> dict[str, BlockPlan]:
         """The sites that get a block."""
-        return {path: step for path, step in self.steps.items() if step.replace}
+        return {path: block for path, block in self.blocks.items() if block}
 
     def to_text(self) -> str:
         """One line per site, which `parse_recipe` reads back."""
         lines = [f"# {line}" for line in self.about.splitlines()]
-        for path, step in self.steps.items():
+        for path, block in self.blocks.items():
             what = "keep"
-            if step.replace:
-                scales = ",".join(str(Fraction(s).limit_denominator(64)) for s in step.scales)
-                what = f"replace kernel={step.kernel} scales={scales}"
+            if block:
+                scales = ",".join(str(Fraction(s).limit_denominator(64)) for s in block.scales)
+                what = f"replace kernel={block.kernel} scales={scales}"
             note = self.notes.get(path)
             lines.append(f"{path}: {what}" + (f"  # {note}" if note else ""))
         return "\n".join(lines) + "\n"
@@ -61,7 +54,8 @@ def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
     `#` starts a comment. If `sites` are given, those that the text does not name are kept. Raises
     RecipeError with line and reason, also for other paths than these.
     """
-    steps, notes, lines_of = {}, {}, {}
+    blocks: dict[str, BlockPlan | None] = {}
+    notes, lines_of = {}, {}
     for number, line in enumerate(text.splitlines(), start=1):
         content, _, note = line.partition("#")
         if not content.strip():
@@ -69,19 +63,19 @@ def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
         path, colon, rest = (part.strip() for part in content.partition(":"))
         if not colon:
             raise _refuse(number, "`site: keep` or `site: replace kernel=… scales=…`", line.strip())
-        if path in steps:
+        if path in blocks:
             raise _refuse(number, f"each site once, first in line {lines_of[path]}", path)
         if sites is not None and path not in sites:
             raise _refuse(number, f"one of the {len(sites)} sites of this model", path)
-        steps[path], lines_of[path] = _step(number, rest), number
+        blocks[path], lines_of[path] = _block(number, rest), number
         if note.strip():
             notes[path] = note.strip()
     if sites is not None:
-        steps = {path: steps.get(path, Step(False)) for path in sites}
-    if not steps:
+        blocks = {path: blocks.get(path) for path in sites}
+    if not blocks:
         raise RecipeError("Expected a recipe with at least one line `site: …`, got none.")
     about = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
-    return Recipe(steps, "\n".join(about), notes)
+    return Recipe(blocks, "\n".join(about), notes)
 
 
 def make_recipe(report: LocalityReport, preset: str, computation: float) -> Recipe:
@@ -93,24 +87,25 @@ def make_recipe(report: LocalityReport, preset: str, computation: float) -> Reci
 
 def measured_recipe(report: LocalityReport) -> Recipe:
     """Every site with its receptive field's kernel; what looks by picture only if that is cheap."""
-    steps, notes = {}, {}
+    blocks: dict[str, BlockPlan | None] = {}
+    notes = {}
     for path, site in report.sites.items():
-        error, kernel = site.sensitivity.error, site.kernel(report.share)
-        steps[path] = Step(True, kernel)
+        error, block = site.sensitivity.error, BlockPlan(site.kernel(report.share))
+        blocks[path] = block
         if site.kind != "content":
             field = site.field(report.share)
             notes[path] = "no field: a constant" if field is None else f"field {field}×{field}"
         elif error is None:
-            steps[path] = Step(False)
+            blocks[path] = None
             notes[path] = "looks by picture, and its sensitivity was not measured"
         else:
-            steps[path] = Step(True, kernel) if error <= TOLERATED_ERROR else Step(False)
+            blocks[path] = block if error <= TOLERATED_ERROR else None
             limit = "at most" if error <= TOLERATED_ERROR else "above"
             notes[path] = (
                 f"looks by picture; alone it costs {100 * error:.2g}%, {limit} "
                 f"{100 * TOLERATED_ERROR:.2g}%"
             )
-    return Recipe(steps, f"measured: kernels from the receptive field; {_about(report)}", notes)
+    return Recipe(blocks, f"measured: kernels from the receptive field; {_about(report)}", notes)
 
 
 def published_recipe(report: LocalityReport) -> Recipe:
@@ -123,8 +118,8 @@ def published_recipe(report: LocalityReport) -> Recipe:
             f"{family_title(report.family)}. Use the preset measured or budget."
         )
     kernels = {path: family.published_kernel(path) for path in report.sites}
-    steps = {path: Step(bool(k), k or KERNELS[0]) for path, k in kernels.items()}
-    return Recipe(steps, f"published: the authors' kernels for {family.title}")
+    blocks = {path: BlockPlan(kernel) if kernel else None for path, kernel in kernels.items()}
+    return Recipe(blocks, f"published: the authors' kernels for {family.title}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,7 @@ def cost_curve(report: LocalityReport) -> list[CostPoint]:
     points = [CostPoint((), 1.0, 0.0)]
     for path in sorted(errors, key=lambda path: errors[path]):
         site = report.sites[path]
-        running += _block(site, Step(True, site.kernel(report.share))) - stock[path]
+        running += _flops(site, BlockPlan(site.kernel(report.share))) - stock[path]
         replaced = (*points[-1].replaced, path)
         points.append(CostPoint(replaced, running / total, points[-1].error + errors[path]))
     return points
@@ -180,8 +175,8 @@ def budget_recipe(report: LocalityReport, computation: float) -> Recipe:
             f"Expected a computation target this model can reach, got {computation:.3g}; with "
             f"every layer replaced it is {least:.3g} of stock's. Ask for {least:.3g} or more."
         )
-    steps = {
-        path: Step(True, site.kernel(report.share)) if path in reached.replaced else Step(False)
+    blocks = {
+        path: BlockPlan(site.kernel(report.share)) if path in reached.replaced else None
         for path, site in report.sites.items()
     }
     notes = {
@@ -191,25 +186,24 @@ def budget_recipe(report: LocalityReport, computation: float) -> Recipe:
         f"budget: {reached.computation:.3g} of the self-attention's computation, summed error "
         f"{100 * reached.error:.2g}%; {_about(report)}"
     )
-    return Recipe(steps, about, notes)
+    return Recipe(blocks, about, notes)
 
 
 def recipe_computation(report: LocalityReport, recipe: Recipe) -> float:
     """Computation of all self-attention and blocks under this recipe over stock's, by formula."""
     stock = sum(map(_attention, report.sites.values()))
+    replaced = recipe.replaced
     after = sum(
-        _block(site, recipe.steps[path])
-        if path in recipe.steps and recipe.steps[path].replace
-        else _attention(site)
+        _flops(site, replaced[path]) if path in replaced else _attention(site)
         for path, site in report.sites.items()
     )
     return after / stock
 
 
-def _step(number: int, text: str) -> Step:
+def _block(number: int, text: str) -> BlockPlan | None:
     word, *settings = text.split() or [""]
     if word == "keep" and not settings:
-        return Step(False)
+        return None
     if word != "replace":
         raise _refuse(number, "keep, or replace with kernel= and scales=", text)
     values = {}
@@ -223,12 +217,12 @@ def _step(number: int, text: str) -> Step:
     kernel = values["kernel"]
     if not re.fullmatch(r"[0-9]{1,3}", kernel) or int(kernel) not in KERNELS:
         raise _refuse(number, f"an odd kernel from {KERNELS[0]} to {KERNELS[-1]}", kernel)
-    scales = _SCALES
+    scales = BlockPlan.scales
     if "scales" in values:
         scales = tuple(_scale(number, part) for part in values["scales"].split(","))
         if len(set(scales)) < len(scales):
             raise _refuse(number, "scales that differ", values["scales"])
-    return Step(True, int(kernel), scales)
+    return BlockPlan(int(kernel), scales)
 
 
 def _scale(number: int, text: str) -> float:
@@ -253,6 +247,5 @@ def _attention(site: SiteLocality) -> int:
     return attention_flops(site.dim, site.height, site.width)
 
 
-def _block(site: SiteLocality, step: Step) -> int:
-    geometry = BlockGeometry(site.dim, step.kernel, len(step.scales))
-    return block_flops(geometry, step.scales, site.height, site.width)
+def _flops(site: SiteLocality, block: BlockPlan) -> int:
+    return block_flops(block.geometry(site.dim), block.scales, site.height, site.width)

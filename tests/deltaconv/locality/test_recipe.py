@@ -3,11 +3,11 @@
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv.families import FAMILIES
+from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.deltaconv.locality.attention import measure_attention
 from comfyui_deltaconv.deltaconv.locality.recipe import (
     Recipe,
     RecipeError,
-    Step,
     budget_recipe,
     cost_curve,
     measured_recipe,
@@ -65,14 +65,14 @@ def test_kinds_are_told_apart():
 
 
 def test_measured_follows_the_field_and_judges_by_sensitivity_what_is_neither():
-    steps = measured_recipe(report()).steps
-    assert steps[DOWN].replace and steps[DOWN].kernel in (3, 5)
-    assert steps[MIDDLE] == Step(True, 3)
-    assert steps[UP] == Step(False)
+    blocks = measured_recipe(report()).blocks
+    assert blocks[DOWN] and blocks[DOWN].kernel in (3, 5)
+    assert blocks[MIDDLE] == BlockPlan(3)
+    assert blocks[UP] is None
     cheap = measured_recipe(report((0.1, 0.1, 0.001)))
-    assert cheap.steps[UP].replace and "looks by picture" in cheap.notes[UP]
+    assert cheap.blocks[UP] and "looks by picture" in cheap.notes[UP]
     dear = measured_recipe(report((0.1, 0.1, 0.5)))
-    assert not dear.steps[UP].replace and "above 1%" in dear.notes[UP]
+    assert not dear.blocks[UP] and "above 1%" in dear.notes[UP]
 
 
 def test_budget_takes_the_least_sensitive_first():
@@ -93,35 +93,39 @@ def test_budget_takes_the_least_sensitive_first():
 def test_published_has_the_authors_kernels_and_no_others():
     sites = report().sites
     recipe = published_recipe(LocalityReport("sd1", (64, 64), [1.0], [0.5], sites))
-    for path, step in recipe.steps.items():
-        assert step.kernel == FAMILIES["sd1"].published_kernel(path)
+    for path, block in recipe.blocks.items():
+        assert block.kernel == FAMILIES["sd1"].published_kernel(path)
     with pytest.raises(ValueError, match="Expected a family the authors ship kernels for"):
         published_recipe(report())
 
 
-steps = st.builds(
-    Step,
-    st.just(True),
-    st.sampled_from(range(3, 18, 2)),
-    st.lists(st.sampled_from([1.0, 0.5, 1 / 3, 0.25]), min_size=1, unique=True).map(tuple),
-) | st.just(Step(False))
+blocks = (
+    st.builds(
+        BlockPlan,
+        st.sampled_from(range(3, 18, 2)),
+        st.lists(st.sampled_from([1.0, 0.5, 1 / 3, 0.25]), min_size=1, unique=True).map(tuple),
+    )
+    | st.none()
+)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(steps, min_size=3, max_size=3))
+@given(st.lists(blocks, min_size=3, max_size=3))
 def test_text_is_read_back(chosen):
     recipe = Recipe(dict(zip((DOWN, MIDDLE, UP), chosen, strict=True)), "about", {UP: "why"})
     again = parse_recipe(recipe.to_text(), (DOWN, MIDDLE, UP))
     assert again.to_text() == recipe.to_text()
-    for path, step in again.steps.items():
-        expected = recipe.steps[path]
-        assert (step.replace, step.kernel) == (expected.replace, expected.kernel)
-        assert step.scales == pytest.approx(expected.scales)
+    for path, block in again.blocks.items():
+        expected = recipe.blocks[path]
+        assert (block is None) == (expected is None)
+        if expected:
+            assert block.kernel == expected.kernel
+            assert block.scales == pytest.approx(expected.scales)
 
 
 def test_sites_that_the_text_leaves_out_are_kept():
     recipe = parse_recipe(f"{UP}: replace kernel=9", (DOWN, MIDDLE, UP))
-    assert recipe.steps == {DOWN: Step(False), MIDDLE: Step(False), UP: Step(True, 9)}
+    assert recipe.blocks == {DOWN: None, MIDDLE: None, UP: BlockPlan(9)}
 
 
 @pytest.mark.parametrize(
