@@ -1,31 +1,32 @@
-"""Ready-made settings: our own recipe, the paper's, and what the authors' code does instead.
+"""Presets: our default settings, the paper's, and those of the authors' code.
 
-The paper and its authors' code (IrisRainbowNeko/ConvFusion) do not train alike, so each has a
-preset of its own and none is called the published one. All of theirs begin at random blocks, have
-no layer-by-layer stage, and run AdamW at 3e-4, betas 0.9 and 0.99, constant after 500 steps. They
-trained in fp16, PixArt in bf16; `precision` is left to whoever runs these.
+The paper and its authors' code (IrisRainbowNeko/ConvFusion) train differently, so each has its
+preset. All of theirs start from random blocks, have no layers stage, and run AdamW at 3e-4, betas
+0.9 and 0.99, constant after 500 steps. They trained in fp16, PixArt in bf16; `precision` is left to
+the caller.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from .settings import DistillationError, DistillationSettings, StageSettings
+from .settings import Decayed, DistillationError, DistillationSettings, Loss, StageSettings
 
-PAPER_LOSSES = {"noise": 1.0, "teacher": 1.0, "features": 0.001}
+PAPER_LOSSES: dict[Loss, float] = {"noise": 1.0, "teacher": 1.0, "features": 0.001}
 # Model → losses that have a gradient, steps, images per step, parts of these, whether in 8 bits.
-_CODE = {
+_CODE: dict[str, tuple[dict[Loss, float], int, int, int, bool]] = {
     "SD1.5": ({"features": 0.001}, 60_000, 16, 1, False),
     "SDXL": (PAPER_LOSSES, 200_000, 8, 2, True),
     "PixArt": (PAPER_LOSSES, 200_000, 16, 1, False),
 }
 
 
-def default_settings(**changes: object) -> DistillationSettings:
-    """Our recipe: informed initialization, then layer by layer, then the student's own path.
+def default_settings(**changes: Any) -> DistillationSettings:
+    """Our recipe: informed initialization, then the layers stage, then the joint stage.
 
     Chosen on the packaged demo model alone, in single runs of a few dozen steps: a joint rate of
-    1e-3 led away from what least squares found, and the features made little difference.
+    1e-3 undid the least-squares solution, and the features made little difference.
     """
     settings = DistillationSettings(
         layers=StageSettings(300, lr=1e-3),
@@ -35,7 +36,7 @@ def default_settings(**changes: object) -> DistillationSettings:
     return replace(settings, **changes)
 
 
-def paper_settings(**changes: object) -> DistillationSettings:
+def paper_settings(**changes: Any) -> DistillationSettings:
     """As the paper says: MSE to the noise, to the teacher's prediction and 0.001 to its features.
 
     Weight decay 0.03; on which tensors is not known, so on all. A summary of the paper also names
@@ -44,7 +45,7 @@ def paper_settings(**changes: object) -> DistillationSettings:
     return replace(_theirs(PAPER_LOSSES, 60_000, 16, weight_decay=0.03), **changes)
 
 
-def code_settings(model: str, **changes: object) -> DistillationSettings:
+def code_settings(model: str, **changes: Any) -> DistillationSettings:
     """As the authors' code trains `model`, one of "SD1.5", "SDXL", "PixArt".
 
     Plain MSE without Min-SNR, and weight decay 0.01 on the weights of Linears alone.
@@ -62,14 +63,29 @@ def code_settings(model: str, **changes: object) -> DistillationSettings:
     return replace(settings, **{"eight_bit": eight_bit, **changes})
 
 
-def _theirs(losses, steps: int, batch: int, parts: int = 1, **decay) -> DistillationSettings:
+def _theirs(
+    losses: Mapping[Loss, float],
+    steps: int,
+    batch: int,
+    parts: int = 1,
+    *,
+    weight_decay: float,
+    decayed: Decayed = "all",
+) -> DistillationSettings:
     stage = StageSettings(
-        steps, lr=3e-4, schedule="constant", warmup=500, batch=batch, accumulate=parts, **decay
+        steps,
+        lr=3e-4,
+        schedule="constant",
+        warmup=500,
+        batch=batch,
+        accumulate=parts,
+        weight_decay=weight_decay,
+        decayed=decayed,
     )
     return DistillationSettings(init="random", joint=stage, losses=dict(losses), unconditional=0.15)
 
 
-# By the name that a configuration gives.
+# By the name in a configuration.
 PRESETS: dict[str, Callable[..., DistillationSettings]] = {
     "default": default_settings,
     "paper": paper_settings,
@@ -77,5 +93,5 @@ PRESETS: dict[str, Callable[..., DistillationSettings]] = {
     "code-sdxl": partial(code_settings, "SDXL"),
     "code-pixart": partial(code_settings, "PixArt"),
 }
-# The paper's until there were two.
+# The former name of the paper's preset.
 PRESETS["published"] = PRESETS["paper"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..block import DeltaConvBlock
+from ..geometry import BlockPlan
 from ..memory import is_out_of_memory
 from .checkpoint import State, load_state, save_state, state_files
 from .data import Batch, Dataset, draw
@@ -19,7 +20,6 @@ from .replay import replay_of
 from .settings import (
     DistillationError,
     DistillationSettings,
-    SitePlan,
     StageSettings,
     new_blocks,
     read_plan,
@@ -54,7 +54,7 @@ def distill(
     return run.records()
 
 
-def _plain(plan: SitePlan) -> list:
+def _plain(plan: BlockPlan) -> list:
     """What a state says of a site; states of before there were biases say the same."""
     plain = [plan.kernel, list(plan.scales)]
     return [*plain, list(plan.biased)] if plan.biased else plain

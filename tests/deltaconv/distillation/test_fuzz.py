@@ -21,7 +21,8 @@ from comfyui_deltaconv.deltaconv.distillation import (
 from comfyui_deltaconv.deltaconv.distillation.checkpoint import state_files
 from comfyui_deltaconv.deltaconv.distillation.data import draw
 from comfyui_deltaconv.deltaconv.distillation.own_samples import own_samples
-from comfyui_deltaconv.deltaconv.distillation.settings import SitePlan, read_plan
+from comfyui_deltaconv.deltaconv.distillation.settings import read_plan
+from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 
 LONG = pytest.param(10_000, marks=pytest.mark.long)
 ODD = [None, True, -1, 0, 2, 1.5, 10**30, float("nan"), float("inf"), "", "x" * 500, [], {}, [[]]]
@@ -86,7 +87,7 @@ def test_recipes_are_read_or_refused(count):
             refused += 1
             assert len(str(error)) < 3000
         else:
-            assert all(isinstance(plan, SitePlan) and plan.kernel % 2 for plan in plans.values())
+            assert all(isinstance(plan, BlockPlan) and plan.kernel % 2 for plan in plans.values())
     assert refused > count / 4
 
 

@@ -1,0 +1,38 @@
+"""Constrained types for settings and saved states, and pydantic's errors as sentences."""
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+
+# Neither a bool nor text is a number; an int is a float.
+Int: TypeAlias = Annotated[int, Field(strict=True)]
+Float: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[Int, Field(ge=0)]
+Bool: TypeAlias = Annotated[bool, Field(strict=True)]
+Share: TypeAlias = Annotated[Float, Field(ge=0, le=1)]
+
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def problems_of(error: ValidationError, under: str = "") -> list[str]:
+    """One sentence per problem: "name: expected …, got …"; names of entries begin with `under`."""
+    return [_problem(under, problem) for problem in error.errors(include_url=False)]
+
+
+def _problem(under: str, problem: ErrorDetails) -> str:
+    # pydantic marks the key of a mapping, whose name stands before it.
+    parts = [part for part in (under, *problem["loc"]) if part not in ("", "[key]")]
+    name, kind = ".".join(f"{part!s:.40}" for part in parts), problem["type"]
+    if kind in ("unexpected_keyword_argument", "invalid_key"):
+        return f"unknown: {name}"
+    expected = problem["msg"].removeprefix("Input should be ")
+    if kind in _BOUNDS:
+        key, bound = _BOUNDS[kind]
+        expected = f"a number, {bound} {problem['ctx'][key]:g}"
+    return f"{name}: expected {expected}, got {problem['input']!r:.40}"
