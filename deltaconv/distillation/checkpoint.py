@@ -1,34 +1,62 @@
-"""The state directory of a distillation: whole files only, the last two of them, checked by name.
+"""The state folder of a distillation: whole files only, the last two of them, checked by name.
 
-One file holds `weights.*`, `ema.*`, `optimizer.*` and `rng` as tensors, and as JSON metadata the
-stage, step, data position, guard, settings, recipe and the fingerprint of the base; a digest of
-all of it tells a file that a disk or a hand has changed.
+One file holds `weights.*`, `ema.*`, `optimiser.*`, `history` and `rng` as tensors, and as JSON
+metadata the progress and the identity: recipe and fingerprint of the base. A digest over all of it
+detects a changed file.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
 from safetensors import SafetensorError, safe_open
 
 from ..weights.file import write_atomically
-from .settings import DistillationError
+from .settings import DistillationError, StageName
+from .validation import Count, Float, problems_of
 
 FORMAT = "2"
 _NAME = re.compile(r"state-(\d{8,})\.safetensors")
 _KEPT = 2
 
 
+@validated(frozen=True)
+class Progress:
+    """How far a training has come; its fields are the saved names, in their order."""
+
+    stage: StageName
+    # Steps of this stage, draws from the data, steps of all stages.
+    step: Count
+    position: Count
+    number: Count
+    # Steps in the moving average.
+    averaged: Count
+    # The memory policy's factor.
+    parts: Count
+    # Non-finite steps in a row, and the guard's factor on the learning rate.
+    bad: Count
+    rate: Annotated[Float, Field(gt=0, le=1)]
+    scaler: dict[str, Any]
+    # Compared with those of the run that takes this up, and never read otherwise.
+    settings: Any = None
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
 @dataclass(frozen=True)
 class State:
-    """Tensors by name, and what goes beside them as plain data."""
+    """Tensors by name, and the progress beside them."""
 
     tensors: Mapping[str, torch.Tensor]
-    progress: Mapping[str, object]
+    progress: Progress
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors under `prefix.`, by the rest of their names."""
@@ -54,7 +82,7 @@ def saved_seed(folder: Path) -> int | None:
     for path in state_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                seed = json.loads(file.metadata()["deltaconv.progress"])["settings"]["seed"]
+                seed = json.loads((file.metadata() or {})["deltaconv.progress"])["settings"]["seed"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             continue
         if isinstance(seed, int):
@@ -63,29 +91,61 @@ def saved_seed(folder: Path) -> int | None:
 
 
 def _number(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    return int(path.stem.removeprefix("state-"))
 
 
-def save_state(folder: Path, number: int, state: State, identity: Mapping[str, object]) -> Path:
-    """Write state `number` whole, then remove all but it and the one before; returns its path.
+class Checkpoints:
+    """The states of one run in `folder`; nothing is saved where that is None.
 
     `identity` is what a resumed run must agree in: base and recipe.
     """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, object]):
+        self.folder, self.identity = folder, identity
+        # Number of the state that was saved or loaded last.
+        self.saved: int | None = None
+
+    def refuse_states(self) -> None:
+        """Raise DistillationError where the folder holds a state."""
+        if self.folder and state_files(self.folder):
+            raise DistillationError(
+                f"Expected a folder without states, got {self.folder} with a distillation in it. "
+                "Allow resuming to go on with it, or choose another folder."
+            )
+
+    def load(self, shapes: Mapping[str, tuple[int, ...]]) -> State | None:
+        """The newest readable state; see `load_state`."""
+        state = load_state(self.folder, self.identity, shapes) if self.folder else None
+        self.saved = state.progress.number if state else None
+        return state
+
+    def save(self, state: State) -> str:
+        """Write `state`; returns its path, "" where it is saved already."""
+        if self.folder is None or self.saved == state.progress.number:
+            return ""
+        path = save_state(self.folder, state, self.identity)
+        self.saved = state.progress.number
+        return str(path)
+
+
+def save_state(folder: Path, state: State, identity: Mapping[str, object]) -> Path:
+    """Write the state whole, then remove all but it and the one before; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
+    number = state.progress.number
     path = folder / f"state-{number:08d}.safetensors"
     metadata = {
         "deltaconv.state": FORMAT,
         "deltaconv.identity": json.dumps(identity, sort_keys=True),
-        "deltaconv.progress": json.dumps(state.progress),
+        "deltaconv.progress": json.dumps(asdict(state.progress)),
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
     metadata["deltaconv.digest"] = _digest(tensors, metadata)
     write_atomically(tensors, metadata, path, overwrite=True)
-    # What has a higher number was damaged, or this run would have begun there.
+    # States with a higher number are damaged: this run would have resumed from them.
     earlier = [old for old in state_files(folder) if _number(old) <= number]
     for old in earlier[_KEPT:]:
         old.unlink(missing_ok=True)
-    # What a killed run left half-written under its temporary name.
+    # Temporary files of a killed run.
     for part in folder.glob(".state-*.part"):
         part.unlink(missing_ok=True)
     return path
@@ -104,14 +164,18 @@ def load_state(
         try:
             tensors, metadata = _read(path)
             saved = json.loads(metadata["deltaconv.identity"])
-            progress = json.loads(metadata["deltaconv.progress"])
-            if not isinstance(saved, dict) or not isinstance(progress, dict):
+            plain = json.loads(metadata["deltaconv.progress"])
+            if not isinstance(saved, dict) or not isinstance(plain, dict):
                 raise ValueError("its record is no record")
         except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
             damaged.append(f"{path.name} ({error!s:.80})")
             continue
-        _refuse_another(path, metadata, saved, identity)
-        state = State(tensors, progress)
+        _refuse_another(path, saved, identity)
+        try:
+            state = State(tensors, _PROGRESS.validate_python(plain))
+        except ValidationError as error:
+            damaged.append(f"{path.name} ({problems_of(error)[0]})")
+            continue
         if problem := _problem(state, shapes):
             damaged.append(f"{path.name} ({problem})")
             continue
@@ -139,11 +203,13 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _refuse_another(path, metadata, saved, identity) -> None:
+def _refuse_another(
+    path: Path, saved: Mapping[str, object], identity: Mapping[str, object]
+) -> None:
     expected = json.loads(json.dumps(identity))
     for name, value in expected.items():
         if saved.get(name) != value:
@@ -164,18 +230,6 @@ def _difference(saved: object, value: object) -> str:
 
 def _problem(state: State, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Why this state cannot be taken up, "" where it can."""
-    progress = state.progress
-    for name in ("step", "position", "number", "bad", "averaged", "parts"):
-        value = progress.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            return f"its {name} is {value!r:.20}"
-    if progress.get("stage") not in ("layers", "joint"):
-        return f"its stage is {progress.get('stage')!r:.20}"
-    rate = progress.get("rate")
-    if not isinstance(rate, float) or not 0 < rate <= 1:
-        return f"its rate is {rate!r:.20}"
-    if not isinstance(progress.get("scaler"), dict):
-        return "its loss scale is missing"
     for group in ("weights", "ema"):
         tensors = state.group(group)
         if {name: tuple(t.shape) for name, t in tensors.items()} != dict(shapes):
@@ -186,14 +240,14 @@ def _problem(state: State, shapes: Mapping[str, tuple[int, ...]]) -> str:
     if rng is None or rng.dtype != torch.uint8 or rng.shape != torch.Generator().get_state().shape:
         return "its random state is missing"
     history = state.tensors.get("history")
-    expected = (progress["number"],)
+    expected = (state.progress.number,)
     if history is None or history.dtype != torch.float64 or tuple(history.shape) != expected:
         return "its losses are missing"
     return _moments_problem(state.group("optimiser"), shapes)
 
 
 def eight_bit(moments: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an optimiser's tensors are those of bitsandbytes."""
+    """Whether an optimizer's moments are those of bitsandbytes."""
     return any(key.endswith(".state1") for key in moments)
 
 

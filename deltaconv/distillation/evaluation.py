@@ -1,4 +1,4 @@
-"""How close a student is to its teacher: error of ε̂ by noise level and by site, and pictures."""
+"""Student against teacher: error of ε̂ by noise level and by site, and samples of both."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 
 from ..block import DeltaConvBlock
 from .data import Dataset, draw
-from .teacher import Condition, Teacher, sample
+from .teacher import Condition, Teacher, Visit, in_place_of_attention, sample
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,7 @@ def evaluate(
     on the teacher's own pictures, noised to `levels` levels.
     """
     blocks = {site: block.to(teacher.device).eval() for site, block in blocks.items()}
-
-    def student(site, x, attend):
-        return blocks[site](x.float()).to(x.dtype) if site in blocks else attend()
-
+    student = in_place_of_attention(blocks)
     pairs = [(condition, seed) for condition in conditions for seed in seeds]
     total = 2 * len(pairs) + levels
     drawn: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
@@ -91,7 +88,14 @@ def evaluate(
     return Evaluation(tuple(errors), pictures, torch.cat(drawn["student"]))
 
 
-def _level(teacher, blocks, student, pictures, conditions, sigma) -> LevelError:
+def _level(
+    teacher: Teacher,
+    blocks: Mapping[str, DeltaConvBlock],
+    student: Visit,
+    pictures: torch.Tensor,
+    conditions: Sequence[Condition],
+    sigma: torch.Tensor,
+) -> LevelError:
     generator = torch.Generator().manual_seed(0)
     sites: dict[str, float] = {}
 
@@ -126,12 +130,12 @@ def held_out_error(
     seed: int = 12345,
     unconditional: float = 0.1,
 ) -> float:
-    """MSE(ε̂_student, ε̂_teacher) on noise of its own, at uniform steps, prompts dropped at times."""
+    """MSE(ε̂_student, ε̂_teacher) on noise from `seed`, at uniform steps.
+
+    `unconditional` is the share of the images without their prompts.
+    """
     blocks = {site: block.to(teacher.device).eval() for site, block in blocks.items()}
-
-    def student(site, x, attend):
-        return blocks[site](x.float()).to(x.dtype) if site in blocks else attend()
-
+    student = in_place_of_attention(blocks)
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for position in range(batches):

@@ -1,6 +1,6 @@
-"""Informed initialisation: a block that approximates its layer before the first training step.
+"""Informed initialization: a block that approximates its layer before the first training step.
 
-The gate is opened as a constant. Of every channel pair (a, b) that the gate multiplies, b gets zero
+The gate is opened as a constant: of every channel pair (a, b) that the gate multiplies, b gets zero
 input weights, a bias β and a depthwise kernel that is κ in its centre and 0 elsewhere, so b is βκ
 everywhere, at the edges too, and β·κ·√(h/2) = 1 leaves a·1 ("sigmoid": b = 0, a·½). The block is
 then linear in x, and what remains is regression on the teacher's own activations:
@@ -11,8 +11,8 @@ then linear in x, and what remains is regression on the teacher's own activation
 2. `conv_out`, `conv_pool` and their biases by ridge regression on what the block really computes
    from these channels, padding, pooling and upsampling included. Deep maps have fewer pixels than
    the block has channels, and the pooled branch sees one row per image: the strengths of the ridge
-   on both, and how much of the solution is taken, are judged on the other half of the draws. A
-   layer that these do not foretell leaves `conv_out` and `conv_pool` zero.
+   on both, and the share of the solution that is taken, are chosen by the error on the other half
+   of the draws. A layer that is not predictable from these keeps `conv_out` and `conv_pool` zero.
 """
 
 import math
@@ -21,26 +21,27 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 
 from ...kernels import gated_pyramid
 from ..block import DeltaConvBlock
 from .least_squares import Sums, fit, leading_directions, without
 from .offsets import OffsetMeans, Projections
 from .settings import DistillationError
-
-# visit(site, x [B, H, W, C], attend) → y [B, H, W, C]; `attend()` runs the layer itself.
-Visit = Callable[[str, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
+from .teacher import Visit
 
 
 class Replay(Protocol):
-    """Runs the teacher: equal turns show equal images, other turns others."""
+    """Runs the teacher: equal turns show equal images, different turns different ones."""
 
     def __call__(self, visit: Visit, turn: int, first_batch_only: bool = False) -> None: ...
 
 
-# Turns: what is held out at the end must have had no part in choosing the channels.
+# Turns: images that choose the channels must not judge the outputs.
 _CHANNELS, _OUTPUTS = 0, 1
 _QUERIES = 48
+# Energy, input direction [C], and the head whose offsets carry it; None: pointwise.
+_Candidate = tuple[float, torch.Tensor, int | None]
 
 
 @torch.no_grad()
@@ -83,14 +84,18 @@ def refit(
 ) -> dict[str, float]:
     """Move `conv_out` and `conv_pool` of every block to the least-squares solution for its layer.
 
-    They go as far as lowers the error on held-out images, which is returned by site over the power
-    of the layer's output. Everything else of the block stays; blocks in training may use it at any
-    time.
+    The step is as long as lowers the error on held-out images, which is returned by site over the
+    power of the layer's output. All other parameters stay; valid at any time in training.
     """
     return _solve(blocks, replay, progress, from_zero=False)
 
 
-def _solve(blocks, replay, progress, from_zero: bool) -> dict[str, float]:
+def _solve(
+    blocks: Mapping[str, DeltaConvBlock],
+    replay: Replay,
+    progress: Callable[[float], None],
+    from_zero: bool,
+) -> dict[str, float]:
     halves = {}
     for site, block in blocks.items():
         width = block.conv_out.in_features + block.dim + 1
@@ -105,7 +110,7 @@ def _solve(blocks, replay, progress, from_zero: bool) -> dict[str, float]:
                 rows = slice((parity - seen[site]) % 2, None, 2)
                 if len(x[rows]):
                     features = _output_features(blocks[site], x[rows].float())
-                    halves[site][parity].add(features.flatten(0, 2), y[rows].flatten(0, 2))
+                    halves[site][parity].add(_rows(features), _rows(y[rows]))
             seen[site] += len(x)
         return y
 
@@ -116,6 +121,11 @@ def _solve(blocks, replay, progress, from_zero: bool) -> dict[str, float]:
         errors[site] = _set_outputs(block, halves.pop(site), from_zero)
     progress(1.0)
     return errors
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, W, F] → [B·H·W, F]."""
+    return rearrange(x, "b h w f -> (b h w) f")
 
 
 def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
@@ -144,47 +154,56 @@ def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums], from_zero: bo
     return error
 
 
-def _mean_offsets(maps, replay, generator) -> dict[str, OffsetMeans]:
+def _mean_offsets(
+    maps: Mapping[str, Projections | None], replay: Replay, generator: torch.Generator
+) -> dict[str, OffsetMeans]:
     offsets: dict[str, OffsetMeans] = {}
 
     def visit(site, x, attend):
-        if maps.get(site) is not None:
+        projections = maps.get(site)
+        if projections is not None:
             height, width = x.shape[1:3]
-            heads = maps[site].heads
-            means = offsets.setdefault(site, OffsetMeans(heads, height, width))
+            means = offsets.setdefault(site, OffsetMeans(projections.heads, height, width))
             for image in x:
                 if (height, width) == means.size:
                     count = min(_QUERIES, height * width)
                     queries = torch.randperm(height * width, generator=generator)[:count]
-                    means.add(image, maps[site], queries)
+                    means.add(image, projections, queries)
         return attend()
 
     replay(visit, _CHANNELS, first_batch_only=True)
     return offsets
 
 
-def _direction_sums(blocks, maps, offsets, replay) -> dict[str, Sums]:
-    """Per site, sums of the centred x beside the centred, attention-carried values."""
-    sums, kernels = {}, {}
+def _direction_sums(
+    blocks: Mapping[str, DeltaConvBlock],
+    maps: Mapping[str, Projections | None],
+    offsets: Mapping[str, OffsetMeans],
+    replay: Replay,
+) -> dict[str, Sums]:
+    """Per site, sums of the centered x beside the centered, attention-carried values."""
+    sums, carriers = {}, {}
     for site, block in blocks.items():
         heads = maps[site]
         width = block.dim + (len(heads.value) if heads else 0)
         sums[site] = Sums.empty(width, block.dim)
         if heads:
-            kernels[site] = offsets[site].kernels(block.kernel_size, block.scales[0])
+            kernels = offsets[site].kernels(block.kernel_size, block.scales[0])
+            carriers[site] = (heads.value, kernels)
 
-    def centred(rows):
-        return (rows - rows.mean((1, 2), keepdim=True)).flatten(0, 2)
+    def centered(rows):
+        return _rows(rows - rows.mean((1, 2), keepdim=True))
 
     def visit(site, x, attend):
         y = attend()
         if site in blocks:
             x = x.float()
-            features = [centred(x)]
-            if site in kernels:
-                carried = _carry(x @ maps[site].value.to(x).T, kernels[site].to(x))
-                features.append(centred(carried))
-            sums[site].add(torch.cat(features, dim=-1), centred(y.float()))
+            features = [centered(x)]
+            if site in carriers:
+                value, kernels = carriers[site]
+                carried = _carry(x @ value.to(x).T, kernels.to(x))
+                features.append(centered(carried))
+            sums[site].add(torch.cat(features, dim=-1), centered(y.float()))
         return y
 
     replay(visit, _CHANNELS)
@@ -193,14 +212,11 @@ def _direction_sums(blocks, maps, offsets, replay) -> dict[str, Sums]:
 
 def _carry(values: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     """values [B, H, W, E], kernels [heads, k, k] → each head's values under its own kernel."""
-    per_channel = kernels.repeat_interleave(values.shape[-1] // len(kernels), dim=0)
-    carried = F.conv2d(
-        values.movedim(-1, 1),
-        per_channel[:, None],
-        padding=kernels.shape[-1] // 2,
-        groups=values.shape[-1],
-    )
-    return carried.movedim(1, -1)
+    channels = values.shape[-1]
+    per_channel = repeat(kernels, "n k l -> (n e) 1 k l", e=channels // len(kernels))
+    maps = rearrange(values, "b h w e -> b e h w")
+    carried = F.conv2d(maps, per_channel, padding=kernels.shape[-1] // 2, groups=channels)
+    return rearrange(carried, "b e h w -> b h w e")
 
 
 def _set_channels(
@@ -210,7 +226,7 @@ def _set_channels(
     dim, half, size = block.dim, block.dim // 4, block.kernel_size
     pointwise = Sums(sums.features[:dim, :dim], sums.cross[:dim], sums.power, sums.count)
     directions, energies = leading_directions(pointwise, half)
-    candidates = [
+    candidates: list[_Candidate] = [
         (energy, row, None) for energy, row in zip(energies.tolist(), directions, strict=True)
     ]
     if heads:
@@ -227,27 +243,27 @@ def _set_channels(
     if block.gate == "scaled":
         opening = half**-0.25
         block.conv_up.bias[half:] = opening
-    for gate, scale in zip(block.gates, block.scales, strict=True):
-        kernel = gate.conv_spatial.weight
-        if gate.conv_spatial.bias is not None:
-            gate.conv_spatial.bias.zero_()
+    for level, scale in enumerate(block.scales):
+        kernel = block.get_parameter(f"gates.{level}.conv_spatial.weight")
+        if level in block.biased:
+            block.get_parameter(f"gates.{level}.conv_spatial.bias").zero_()
         kernel[..., half:] = opening * identity[..., None]
         per_head = offsets.kernels(size, scale) if offsets else None
         for channel, (_, _, head) in enumerate(chosen):
-            if head is not None:
+            if head is not None and per_head is not None:
                 kernel[..., channel] = per_head[head]
             elif scale == 1 or per_head is None:
                 kernel[..., channel] = identity
             else:
-                # On the smaller maps an identity would only blur what the full map has already.
+                # On a smaller map an identity would only blur what the full map has.
                 kernel[..., channel] = per_head.mean(0)
 
 
-def _head_candidates(sums: Sums, dim: int, heads: Projections, rank: int) -> list[tuple]:
-    """(energy, input direction [C], head) of what each head adds to the pointwise part."""
+def _head_candidates(sums: Sums, dim: int, heads: Projections, rank: int) -> list[_Candidate]:
+    """What each head adds to the pointwise part."""
     rest = without(sums, dim)
     size = len(heads.value) // heads.heads
-    found = []
+    found: list[_Candidate] = []
     for head in range(heads.heads):
         rows = slice(head * size, (head + 1) * size)
         part = Sums(rest.features[rows, rows], rest.cross[rows], rest.power, rest.count)

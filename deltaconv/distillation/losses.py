@@ -1,12 +1,13 @@
-"""The losses of the two training stages, computed and propagated part by part of a batch."""
+"""The losses of both training stages and their gradients, part by part of a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 
 from .data import Batch
-from .settings import DistillationSettings
+from .settings import DistillationSettings, Loss
 from .student import Student
 from .teacher import Teacher
 
@@ -48,7 +49,8 @@ class LayerLosses:
             if self.powers[site] is not unit:
                 factor = unit / self.powers[site].clamp_min(_TINY)
                 for parameter in self.student.blocks[site].parameters():
-                    parameter.grad.mul_(factor)
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
         return {site: e / self.powers[site].clamp_min(_TINY) for site, e in self.errors.items()}
 
     def _regress(self, site: str, x: torch.Tensor, target: torch.Tensor) -> None:
@@ -63,6 +65,34 @@ class LayerLosses:
         known = site in self.errors
         self.errors[site] = self.errors[site] + error.detach() if known else error.detach()
         self.powers[site] = self.powers[site] + power if known else power
+
+
+def batch_losses(
+    teacher: Teacher,
+    student: Student,
+    batch: Batch,
+    parts: int,
+    backward: Backward,
+    settings: DistillationSettings,
+    joint: bool,
+) -> dict[str, float]:
+    """Gradients of the whole batch, in `parts` parts; loss by name, mean over its images.
+
+    Names are those of `joint_losses`, or the sites where the stage is not the joint one.
+    """
+    if not joint:
+        layers = LayerLosses(student, len(batch), backward)
+        for part in batch.parts(parts):
+            layers.add(teacher, part)
+        return {name: float(loss) for name, loss in layers.finish().items()}
+    totals: Losses = {}
+    for part in batch.parts(parts):
+        share = len(part) / len(batch)
+        losses = joint_losses(teacher, student, part, share, backward, settings)
+        for name, loss in losses.items():
+            weighted = loss.double() * share
+            totals[name] = totals[name] + weighted if name in totals else weighted
+    return {name: float(total) for name, total in totals.items()}
 
 
 def joint_losses(
@@ -82,16 +112,17 @@ def joint_losses(
     """
     weights = {name: weight for name, weight in settings.losses.items() if weight}
     by_feature = bool(weights.keys() & {"features", "normalised_features"})
-    goal: dict | None = {} if by_feature else None
-    own: dict | None = {} if by_feature else None
+    goal: Losses = {}
+    own: Losses = {}
     inputs = (batch.x, batch.sigma, batch.conditions)
     with torch.no_grad():
-        expected = teacher.predict(*inputs, None, goal)
+        expected = teacher.predict(*inputs, None, goal if by_feature else None)
     with torch.enable_grad():
-        got = teacher.predict(*inputs, student.visit, own)
-        losses = {}
+        got = teacher.predict(*inputs, student.visit, own if by_feature else None)
+        losses: Losses = {}
         per_image = _min_snr(batch.sigma, settings.min_snr)
-        for name, target in (("noise", batch.noise), ("teacher", expected)):
+        targets: dict[Loss, torch.Tensor] = {"noise": batch.noise, "teacher": expected}
+        for name, target in targets.items():
             if name in weights:
                 errors = (got - target).square().flatten(1).mean(1)
                 losses[name] = weights[name] * (errors * per_image).mean()
@@ -100,17 +131,20 @@ def joint_losses(
             sites = [site for site in goal if site in student.blocks]
             errors = {site: F.mse_loss(own[site].float(), goal[site].float()) for site in sites}
             if "features" in weights:
-                losses["features"] = weights["features"] * sum(errors.values())
+                losses["features"] = weights["features"] * _sum(errors.values())
             if "normalised_features" in weights:
                 relative = [
                     error / goal[site].float().square().mean().clamp_min(_TINY)
                     for site, error in errors.items()
                 ]
-                losses["normalised_features"] = (
-                    weights["normalised_features"] * sum(relative) / len(relative)
-                )
-        backward(sum(losses.values()) * share)
+                weight = weights["normalised_features"]
+                losses["normalised_features"] = weight * _sum(relative) / len(relative)
+        backward(_sum(losses.values()) * share)
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _sum(losses: Iterable[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.add, losses)
 
 
 def _min_snr(sigma: torch.Tensor, gamma: float) -> torch.Tensor:

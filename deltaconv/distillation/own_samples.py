@@ -1,4 +1,4 @@
-"""Training data from nothing but prompts: the teacher's own samples, and the path to them."""
+"""Training data from prompts alone: the teacher's own samples and their trajectories."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from .data import Dataset, Trajectory
 from .settings import DistillationError
 from .teacher import Condition, Teacher, sample
 
-# At most of a file of samples, in bytes: three tensors' names, shapes and places.
+# Most bytes of a file's header: names, shapes and offsets of three tensors.
 _HEADER = 512
 
 
@@ -39,18 +39,17 @@ def own_samples(
 ) -> Dataset:
     """`count` samples [C, H, W] of the teacher, cycling through `conditions`, as a data set.
 
-    `names` and `unconditional_name` say what the conditions are, for the cache's key. Points of
-    every trajectory are kept in float16, as many as fit `max_bytes` with the finished samples;
-    `cache`, where given, keeps them on disk and loses the oldest samples of other settings where
-    it would grow beyond that. Where it holds none of `seed` and some of `former_seed`, these are
-    taken and completed. In memory the finished samples are float32, beside these points.
-    `progress` hears (done, total) in steps of sampling, and `reused` at the end how many samples
-    came from the cache. Raises DistillationError where not even one point per sample fits.
+    `names` and `unconditional_name` identify the conditions in the cache's key. Each trajectory
+    keeps as many points, in float16, as fit into `max_bytes` with the finished samples, which are
+    float32 in memory. `cache` keeps both on disk, within the same limit; the oldest samples of
+    other settings make room. Where it holds samples of `former_seed` and none of `seed`, those are
+    completed. `progress` hears (done, total) in steps of sampling, and `reused` at the end the
+    number of samples from the cache. Raises DistillationError where not one point per sample fits.
     """
     if not conditions or len(names) != len(conditions):
         raise DistillationError(f"Expected prompts to draw samples from, got {len(conditions)}.")
     size = 2 * shape[0] * shape[1] * shape[2]
-    # Of a point its sigma, too, and of a file its header.
+    # A point has a sigma, a file a header.
     room = max_bytes - _HEADER * -(-count // batch)
     kept = min(steps, (room // max(1, count) - size) // (size + 4))
     if kept < 1:
@@ -88,7 +87,7 @@ def own_samples(
                 which,
                 lambda step, before=before: progress(before + step, total),
             )
-            if file is not None:
+            if cache is not None and file is not None:
                 cache.mkdir(parents=True, exist_ok=True)
                 _make_room(cache, key, max_bytes - sum(t.nbytes for t in tensors.values()))
                 write_atomically(tensors, {}, file, overwrite=True)
@@ -103,7 +102,7 @@ def own_samples(
 
 
 def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which, progress):
-    # One generator per image: what a sample is does not depend on the batch it was drawn in.
+    # One generator per image: a sample does not depend on the batch it is drawn in.
     noise = torch.stack(
         [
             torch.randn(shape, generator=torch.Generator().manual_seed((seed + row) % 2**63))
@@ -129,7 +128,7 @@ def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, whi
 
 
 def _cached(file: Path | None, rows: int, kept: int, shape: tuple[int, int, int]):
-    """The file's tensors; None where it is missing, damaged or another's."""
+    """The file's tensors; None where it is missing, damaged or of other shapes."""
     if file is None or not file.is_file():
         return None
     try:
@@ -151,8 +150,8 @@ def _key(*what: object) -> str:
 
 
 def _make_room(cache: Path, key: str, max_bytes: int) -> None:
-    """Remove other settings' samples, oldest first, until what is there fits `max_bytes`."""
-    # What a killed run left half-written under its temporary name.
+    """Remove other settings' samples, oldest first, until the rest fits into `max_bytes`."""
+    # Temporary files of a killed run.
     for part in cache.glob(".samples-*.part"):
         part.unlink(missing_ok=True)
     files = sorted(cache.glob("samples-*.safetensors"), key=lambda path: path.stat().st_mtime)

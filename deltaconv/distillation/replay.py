@@ -1,4 +1,4 @@
-"""The teacher run over the same images again and again, for what is solved and not trained."""
+"""Repeated runs of the teacher over the same images, for initialization and refits."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from .data import Dataset, draw
 from .initialization import Replay
 from .settings import DistillationSettings
-from .teacher import Teacher
+from .teacher import Teacher, Visit
 
 
 def replay_of(
@@ -15,12 +15,12 @@ def replay_of(
 ) -> Replay:
     """Runs the teacher over `init_images`, apart from the training's own order of images.
 
-    Every batch is computed in `parts()` parts, as the layers stage computes it. Each turn has noise
-    of its own, and goes on among the images where the one before it ended.
+    Every batch is computed in `parts()` parts, as in the layers stage. Each turn has its own noise
+    and begins at the image where the turn before it ended.
     """
     batch, seed = settings.layers.batch, settings.seed ^ 0x5EED
 
-    def replay(visit: Callable, turn: int, first_batch_only: bool = False) -> None:
+    def replay(visit: Visit, turn: int, first_batch_only: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed + turn)
         count = -(-settings.init_images // batch)
         first = turn * count

@@ -1,14 +1,18 @@
-"""The blocks in training: float32 masters, their moving average, the optimizer and its guards."""
+"""The blocks in training: float32 masters, moving average, optimizer, non-finite guard."""
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
 from ..block import DeltaConvBlock
 from .checkpoint import eight_bit
 from .settings import DistillationError, DistillationSettings, StageSettings
+from .teacher import Visit, in_place_of_attention
 
 # Neither a depthwise kernel nor a bias, of a Linear or of a depthwise convolution.
 _LINEAR_WEIGHT = re.compile(r"(?:^|\.)conv_(?:up|out|pool)\.weight$")
@@ -46,24 +50,37 @@ class Student:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return self.blocks[site](x.float())
 
-    def visit(self, site: str, x: torch.Tensor, attend: Callable) -> torch.Tensor:
-        """The site's block in place of its attention; sites without a block attend."""
-        return self.run(site, x).to(x.dtype) if site in self.blocks else attend()
+    @property
+    def visit(self) -> Visit:
+        """The blocks in place of their sites' attention."""
+        return in_place_of_attention({site: partial(self.run, site) for site in self.blocks})
+
+    @contextmanager
+    def on_cpu(self) -> Iterator[dict[str, DeltaConvBlock]]:
+        """The blocks on the CPU, to be set otherwise than by steps; the average restarts there."""
+        for block in self.blocks.values():
+            block.cpu()
+        try:
+            yield self.blocks
+        finally:
+            for block in self.blocks.values():
+                block.to(self.device)
+            self.restart_average()
 
     def average(self) -> None:
-        """Count the current weights into the moving average, faster at its beginning."""
+        """Add the current weights to the moving average, with a lower decay at its beginning."""
         self.averaged += 1
         decay = min(self.ema_decay, (1 + self.averaged) / (10 + self.averaged))
         for name, parameter in self.parameters.items():
             self.ema[name].lerp_(parameter.detach(), 1 - decay)
 
     def restart_average(self) -> None:
-        """Begin the moving average anew at the current weights."""
+        """Restart the moving average at the current weights."""
         self.averaged = 0
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def adopt_average(self) -> None:
-        """Go on from the moving average, as a stage's result."""
+        """Take the moving average, a stage's result, as the weights."""
         self.load(self.ema)
 
     @torch.no_grad()
@@ -84,7 +101,7 @@ class Student:
 class Optimizer:
     """AdamW for one stage, with its schedule, clipping, loss scaling and non-finite guard.
 
-    `scaled` scales the loss, as float16 anywhere on the gradients' way needs it.
+    `scaled` scales the loss, for gradients that pass through float16 outside the blocks.
     """
 
     def __init__(
@@ -99,7 +116,7 @@ class Optimizer:
         self.adamw = _adamw(settings)(groups, lr=stage.lr, betas=stage.betas)
         scaled = scaled or settings.precision == "float16"
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=scaled)
-        # Non-finite steps in a row, and what the guard has made of the rate.
+        # Non-finite steps in a row, and the guard's factor on the rate.
         self.bad, self.rate = 0, 1.0
 
     def lr(self, step: int) -> float:
@@ -119,7 +136,7 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def update(self, step: int, loss: float) -> str:
-        """One step with the gradients at hand; returns what the guard did, "" where nothing.
+        """One step with the current gradients; returns what the guard did, "" where nothing.
 
         A non-finite loss or gradient skips the step; `lower_after` of them in a row halve the
         rate, `stop_after` raise DistillationError. Each block is clipped alone, so that one site's
@@ -133,8 +150,7 @@ class Optimizer:
             for block in self.student.blocks.values()
         ]
         finite = all(norm.isfinite() for norm in norms)
-        # With loss scaling, overflowing gradients are how the scale is found: no fault, unless
-        # they overflow without any.
+        # Loss scaling finds its scale by overflows: they are faults only at a scale of 1.
         searching = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not math.isfinite(loss) or not (finite or searching):
             self.zero()
@@ -161,7 +177,7 @@ class Optimizer:
         return "loss not finite: step skipped"
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything of AdamW that a resumed run needs, by `<parameter>.<entry>`."""
+        """AdamW's state, by `<parameter>.<entry>`."""
         return {
             f"{name}.{entry}": torch.as_tensor(value)
             for name, parameter in self.student.parameters.items()
@@ -169,7 +185,7 @@ class Optimizer:
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Take up what `tensors` gave; False, and nothing taken, where another AdamW gave it."""
+        """Restore what `tensors` returned; False, and nothing restored, from another AdamW."""
         if tensors and eight_bit(tensors) != self.settings.eight_bit:
             return False
         for name, parameter in self.student.parameters.items():
@@ -190,13 +206,13 @@ class Optimizer:
 
 def parameter_groups(
     parameters: Mapping[str, torch.nn.Parameter], stage: StageSettings
-) -> list[dict[str, object]]:
-    """The optimiser's groups: what the stage's weight decay acts on, and what it leaves alone."""
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: with the stage's weight decay, and without."""
     decayed, kept = [], []
     for name, parameter in parameters.items():
         acts = stage.decayed == "all" or _LINEAR_WEIGHT.search(name)
         (decayed if acts else kept).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": stage.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
@@ -214,7 +230,7 @@ def take_weights(site: str, block: DeltaConvBlock, given: DeltaConvBlock) -> Non
     block.load_state_dict(given.state_dict())
 
 
-def _adamw(settings: DistillationSettings) -> type[torch.optim.Optimizer]:
+def _adamw(settings: DistillationSettings) -> Callable[..., torch.optim.Optimizer]:
     if not settings.eight_bit:
         return torch.optim.AdamW
     try:

@@ -1,4 +1,4 @@
-"""What distillation needs of its host: a diffusion model whose attention can be looked into."""
+"""The interface to the host: a diffusion model whose self-attention can be observed or replaced."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -6,26 +6,27 @@ from typing import Protocol
 
 import torch
 
-from .initialization import Visit
 from .offsets import Projections
 
-# One image's conditioning: whatever the host makes of a prompt; distillation only passes it on.
+# One image's conditioning, as the host makes it of a prompt; opaque to distillation.
 Condition = object
+# visit(site, x [B, H, W, C], attend) → y [B, H, W, C]; `attend()` runs the layer itself.
+Visit = Callable[[str, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
 
 
 class Teacher(Protocol):
-    """A diffusion model with self-attention sites. Sigma is its own noise level, one per image."""
+    """A diffusion model with self-attention sites. Sigma is its noise level, one per image."""
 
     # Site path → channels C, in the order in which the network runs them.
     dims: Mapping[str, int]
-    # Names the base and its weights, LoRAs included: states of another one are refused.
+    # Identifies the base and its weights, LoRAs included; states of another base are refused.
     fingerprint: str
     family: str
     base_model: str
     device: torch.device
-    # What its layers compute in, whatever they are stored in.
+    # The dtype that its layers compute in, not the one they are stored in.
     dtype: torch.dtype
-    # Whether gradients pass through its weights; "" or the reason why not.
+    # "" where gradients pass through its weights, else the reason why not.
     why_not_differentiable: str
 
     def sigmas(self, position: torch.Tensor) -> torch.Tensor:
@@ -46,9 +47,9 @@ class Teacher(Protocol):
     ) -> torch.Tensor:
         """x [B, C, H, W], sigma [B] → ε̂ = (x − x̂₀) / sigma in float32.
 
-        `visit` stands in for every site's attention; `features`, where given, is filled with the
-        hidden state after each site's residual add. Images whose conditions do not fit into one
-        call may come to `visit` in several. The caller sets the gradient mode.
+        `visit` replaces every site's attention; `features` is filled with the hidden state after
+        each site's residual add. `visit` may see the images of one batch in several calls, where
+        their conditions do not fit into one. The caller sets the gradient mode.
         """
 
     def checkpointing(self, active: bool) -> None:
@@ -56,6 +57,17 @@ class Teacher(Protocol):
 
     def projections(self, site: str) -> Projections | None:
         """The site's query, key and value maps; None where keys are not the map's own tokens."""
+
+
+def in_place_of_attention(
+    blocks: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+) -> Visit:
+    """A visit that runs each site's block on the map in float32; other sites attend."""
+
+    def visit(site: str, x: torch.Tensor, attend: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return blocks[site](x.float()).to(x.dtype) if site in blocks else attend()
+
+    return visit
 
 
 @torch.no_grad()
@@ -73,8 +85,8 @@ def sample(
 ) -> torch.Tensor:
     """noise [B, C, H, W] → latents [B, C, H, W] by Euler steps in sigma (DDIM for an ε-model).
 
-    Steps are uniform in position. `points` collects (x, sigma [B]) at which the model was called;
-    `progress` hears of every step done.
+    Steps are uniform in position. `points` collects (x, sigma [B]) of every call of the model;
+    `progress` hears the number of steps done.
     """
     edges = torch.arange(steps, dtype=torch.float64) / steps + 0.5 / max(steps, 500)
     levels = [float(teacher.sigmas(edge[None])[0]) for edge in edges] + [0.0]

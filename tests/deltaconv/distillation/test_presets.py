@@ -197,18 +197,18 @@ def test_a_state_from_before_there_were_groups_resumes(tmp_path):
     identity = {"base": "toy-0", "recipe": {"gate": "scaled"}}
     identity["recipe"] |= {site: [kernel, list(scales)] for site, (kernel, scales) in PLAN.items()}
     state = load_state(tmp_path, identity, shapes)
-    old = json.loads(json.dumps(state.progress))
+    plain = json.loads(json.dumps(state.progress.settings))
     for stage in ("layers", "joint"):
-        assert old["settings"][stage].pop("decayed") == "all"
-    number = old["number"]
+        assert plain[stage].pop("decayed") == "all"
+    old = State(state.tensors, replace(state.progress, settings=plain))
     for path in state_files(tmp_path):
         path.unlink()
-    save_state(tmp_path, number, State(state.tensors, old), identity)
+    save_state(tmp_path, old, identity)
     after = run(settings, folder=tmp_path)
     assert losses(before) + losses(after) == losses(straight)
     assert "resumed" in after[0].message and "other settings" not in after[0].message
     changed = replace(settings, joint=replace(settings.joint, decayed="linear"))
-    save_state(tmp_path, number, State(state.tensors, old), identity)
+    save_state(tmp_path, old, identity)
     for path in state_files(tmp_path)[:-1]:
         path.unlink()
     assert "other settings" in run(changed, folder=tmp_path)[0].message
