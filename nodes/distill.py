@@ -1,11 +1,17 @@
-"""Distillation inside the graph: MODEL → ΔConv weights, watched live and resumable."""
+"""The distillation node: MODEL → ΔConv weights, with previews, resumable."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
 from .sockets import CATEGORY, DeltaConv, LossMap, Recipe
 
+if TYPE_CHECKING:
+    from .host.distill_inputs import DistillInputs
+
 KERNELS = ("published, else by size", "by size")
-# What the widget says → the preset whose losses it stands for.
+# The widget's option → the preset whose losses it stands for.
 LOSSES = {"ours": "default", "published": "paper", "authors' code (SD1.5)": "code-sd15"}
 
 
@@ -181,6 +187,16 @@ class DeltaConvDistill(io.ComfyNode):
         # Imported here: training is large, and importing the pack stays quick.
         from .host.distillation import run
 
-        # Every input comes as a list; only these two are meant as one.
-        one = {name: values[0] if values else None for name, values in inputs.items()}
-        return io.NodeOutput(*run(model[0], latents or [], positive or [], one))
+        return io.NodeOutput(*run(model[0], latents or [], positive or [], read_inputs(inputs)))
+
+
+def read_inputs(lists: Mapping[str, Sequence]) -> "DistillInputs":
+    """Input name → list of values, the first of which counts, to the inputs as the host reads them.
+
+    Latents and their conditionings alone are lists by meaning, and stand apart.
+    """
+    from .host.distill_inputs import DistillInputs
+
+    given = {name: v[0] for name, v in lists.items() if v and v[0] is not None}
+    preset, published = LOSSES[given.pop("losses")], given.pop("kernels") == KERNELS[0]
+    return DistillInputs(preset=preset, published=published, **given)

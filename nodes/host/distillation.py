@@ -1,19 +1,20 @@
-"""What the distillation node does: inputs to data, settings and recipe, then the core's records."""
+"""The distillation node's work: inputs to data, settings and recipe; records to outputs."""
 
 import logging
 import os
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...deltaconv.distillation import (
-    PRESETS,
     Dataset,
-    StageSettings,
+    DistillationSettings,
     default_kernels,
     distill,
     weights_of,
@@ -22,41 +23,45 @@ from ...deltaconv.distillation.checkpoint import saved_seed, saved_steps
 from ...deltaconv.distillation.own_samples import own_samples
 from ...deltaconv.distillation.report import DistillationReport
 from ...deltaconv.families import FAMILIES, native_latent
+from ...deltaconv.geometry import BlockPlan
 from ...deltaconv.weights.compatibility import check_fit
-from ..distill import KERNELS, LOSSES
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
+from .distill_inputs import DistillInputs
 from .folders import SAMPLES, output_folder
 from .preview import LivePreview
 from .teacher import ComfyTeacher
 
-# Of the own samples, whatever the training's: going on under another seed draws none anew.
+# Apart from the training's seed, so that resuming under another one reuses the own samples.
 _SAMPLES_SEED = 0
 
 
-def run(model, latents, positive, one) -> tuple:
+def run(model, latents: Sequence[dict], positive: Sequence, inputs: DistillInputs) -> tuple:
     """The node's outputs: DELTACONV, LOSS_MAP and the report."""
     with torch.inference_mode(False), torch.enable_grad():
-        settings = _settings(one)
+        settings = inputs.settings()
         teacher = ComfyTeacher(model, differentiable=settings.joint.steps > 0, name=_name(model))
-        return _distil(teacher, settings, latents, positive, one)
+        return _distil(teacher, settings, latents, positive, inputs)
 
 
-def _distil(teacher, settings, latents, positive, one) -> tuple:
-    start = one.get("start")
-    recipe = _recipe(teacher, one.get("recipe"), one["kernels"], start)
+def _distil(
+    teacher: ComfyTeacher,
+    settings: DistillationSettings,
+    latents: Sequence[dict],
+    positive: Sequence,
+    inputs: DistillInputs,
+) -> tuple:
+    start, recipe = inputs.start, _recipe(teacher, inputs)
     family = FAMILIES.get(teacher.family)
     gate = start.gate if start else family.gate if family else "scaled"
-    folder = state_folder(one["folder"])
+    folder = state_folder(inputs.folder)
     name = os.path.relpath(folder, _base())
     started = time.monotonic()
     # Before the teacher is loaded: a CLIP that needs its memory would push it out again.
-    conditions, empty = _conditions(teacher, positive, one)
+    conditions, empty = _conditions(teacher, positive, inputs)
     if empty is None:
         settings = replace(settings, unconditional=0.0)
-    preview, report = (
-        LivePreview(teacher, settings, one["preview_every"], name),
-        DistillationReport(),
-    )
+    report = DistillationReport()
+    preview = LivePreview(teacher, settings, inputs.preview_every, name)
     given = latents_of(teacher, latents)
 
     def data() -> Dataset:
@@ -68,10 +73,10 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
                 settings,
                 conditions,
                 empty,
-                one,
+                inputs,
                 former_seed=saved_seed(folder),
                 progress=preview.drawn,
-                reused=lambda count: report.own_samples(one["samples"], count),
+                reused=lambda count: report.own_samples(inputs.samples, count),
             )
         )
         return preview.dataset
@@ -88,7 +93,7 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
             folder=folder,
             progress=preview.initialized,
         )
-        # Closing saves: after an interrupt too, which comes as an exception out of the loop.
+        # Closing saves, after an interrupt too: it comes as an exception out of the loop.
         with teacher, closing(records):
             for record in records:
                 report.add(record)
@@ -102,33 +107,8 @@ def _distil(teacher, settings, latents, positive, one) -> tuple:
     return weights, {"loss": losses or [record.loss]}, text
 
 
-def _settings(one):
-    common = {
-        "seed": one["seed"],
-        "save_every": one["save_every"],
-        "precision": one["precision"],
-        "checkpointing": one["gradient_checkpointing"],
-        "init": one["initialisation"],
-        "min_snr": float(one.get("min_snr", 0.0)),
-        "eight_bit": one.get("eight_bit", False),
-    }
-    layers, joint = _stage(one, "layer"), _stage(one, "joint")
-    return PRESETS[LOSSES[one["losses"]]](**{**common, "layers": layers, "joint": joint})
-
-
-def _stage(one, name: str) -> StageSettings:
-    steps = one[f"{name}_steps"]
-    return StageSettings(
-        steps,
-        lr=one[f"{name}_rate"],
-        # A short run warms up for a tenth of its steps.
-        warmup=min(20, steps // 10),
-        batch=one["batch_size"],
-        accumulate=min(one["accumulate"], one["batch_size"]),
-    )
-
-
-def _recipe(teacher: ComfyTeacher, recipe, kernels: str, start) -> dict:
+def _recipe(teacher: ComfyTeacher, inputs: DistillInputs) -> dict[str, BlockPlan]:
+    recipe, start = inputs.recipe, inputs.start
     if start is not None:
         check_fit(start, teacher.dims, teacher.family)
     if recipe is not None:
@@ -137,39 +117,45 @@ def _recipe(teacher: ComfyTeacher, recipe, kernels: str, start) -> dict:
                 "Expected a recipe that replaces a layer, got one that keeps them all. Change its "
                 "text, or leave it out."
             )
-        return {path: (step.kernel, list(step.scales)) for path, step in recipe.replaced.items()}
+        return recipe.replaced
     if start is not None:
-        return {
-            site: (geometry.kernel_size, list(start.scales[site]))
-            for site, geometry in start.sites.items()
-        }
-    published = FAMILIES.get(teacher.family) if kernels == KERNELS[0] else None
+        return {site: block.plan(start.scales[site]) for site, block in start.sites.items()}
+    published = FAMILIES.get(teacher.family) if inputs.published else None
     by_size = default_kernels(teacher.model_sites.levels)
     return {
-        site: (published and published.published_kernel(site)) or by_size[site]
+        site: BlockPlan((published and published.published_kernel(site)) or by_size[site])
         for site in teacher.dims
     }
 
 
-def _conditions(teacher, positive, one) -> tuple[list, object | None]:
-    """What to train with, and the empty prompt; None where there is no such."""
+def _conditions(
+    teacher: ComfyTeacher, positive: Sequence, inputs: DistillInputs
+) -> tuple[list, object | None]:
+    """The conditions to train with, and the empty prompt; None where neither input gives it."""
     conditions = conditions_of(positive)
-    prompts = [line.strip() for line in (one["prompts"] or "").splitlines() if line.strip()]
+    prompts = [line.strip() for line in inputs.prompts.splitlines() if line.strip()]
     if not conditions and prompts:
-        conditions = encode_prompts(teacher, prompts, one.get("clip"))
+        conditions = encode_prompts(teacher, prompts, inputs.clip)
     if not conditions:
         raise ValueError(
             "Expected conditioning or prompts to train with, got neither. Connect positive, or "
             "write prompts and connect a CLIP."
         )
-    empty = conditions_of([one["unconditional"]]) if one.get("unconditional") else []
-    if not empty and (one.get("clip") is not None or not positive):
-        empty = encode_prompts(teacher, [""], one.get("clip"))
+    empty = conditions_of([inputs.unconditional]) if inputs.unconditional else []
+    if not empty and (inputs.clip is not None or not positive):
+        empty = encode_prompts(teacher, [""], inputs.clip)
     return conditions, empty[0] if empty else None
 
 
-def _own_samples(teacher, settings, conditions, empty, one, **heard) -> Dataset:
-    side = one["sample_size"] or native_latent(teacher.family)
+def _own_samples(
+    teacher: ComfyTeacher,
+    settings: DistillationSettings,
+    conditions: list,
+    empty: object | None,
+    inputs: DistillInputs,
+    **heard: Any,
+) -> Dataset:
+    side = inputs.sample_size or native_latent(teacher.family)
     channels = teacher.patcher.model.latent_format.latent_channels
     layers, unconditional = settings.layers, empty or conditions[0]
     return own_samples(
@@ -178,12 +164,12 @@ def _own_samples(teacher, settings, conditions, empty, one, **heard) -> Dataset:
         [digest_of(entry) for entry in conditions],
         unconditional,
         (channels, side, side),
-        count=one["samples"],
+        count=inputs.samples,
         cfg=4.0 if empty else 1.0,
         seed=_SAMPLES_SEED,
         batch=-(-layers.batch // layers.accumulate),
         cache=_base() / SAMPLES,
-        max_bytes=one.get("samples_mb", 1024) * 2**20,
+        max_bytes=inputs.samples_mb * 2**20,
         unconditional_name=digest_of(unconditional),
         **heard,
     )
@@ -196,7 +182,7 @@ def _base() -> Path:
 def state_folder(name: str) -> Path:
     """The folder below output/deltaconv/distillation; an empty name makes a new numbered one."""
     base = _base()
-    name = (name or "").strip()
+    name = name.strip()
     if not name:
         number = 1
         while (base / f"{number:05d}").exists():

@@ -1,4 +1,4 @@
-"""What a running distillation shows in ComfyUI: progress with time left, pictures, the curve."""
+"""The display of a running distillation: progress with time left, samples, the loss curve."""
 
 import logging
 import time
@@ -8,47 +8,55 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ...deltaconv.distillation import Dataset, Record, sample
+from ...deltaconv.distillation import Dataset, DistillationSettings, Record, sample
 from ...deltaconv.distillation.plots import progress_picture
 from ...deltaconv.memory import is_out_of_memory
 from .node_text import show_on_node
+from .teacher import ComfyTeacher
 
 _STEPS = 12
 _MOST = 2
 
 
 class LivePreview:
-    """Progress of everything that takes its time, and a picture every `every` steps (0: none).
+    """Progress of samples, initialization and steps; a picture every `every` steps (0: none).
 
-    `dataset` is set before the first step is shown; `folder` is what to name for going on.
+    `dataset` is set before the first step is shown; `folder` is the name to resume by.
     """
 
     dataset: Dataset
 
-    def __init__(self, teacher, settings, every: int, folder: str = ""):
+    def __init__(
+        self,
+        teacher: ComfyTeacher,
+        settings: DistillationSettings,
+        every: int,
+        folder: str = "",
+    ):
         self.folder, self.at, self.drew = folder, "", False
         self.teacher, self.settings, self.every = teacher, settings, every
         self.total = 1 + settings.layers.steps + settings.joint.steps
         self.bar = comfy.utils.ProgressBar(self.total)
         self.began: tuple[float, int] | None = None
+        # The teacher's, drawn once.
         self.pictures: list = []
         self.said = 0.0
 
     def drawn(self, done: int, total: int) -> None:
-        """So many steps of sampling the model's own pictures are done."""
+        """`done` of `total` steps of drawing own samples are done."""
         self.at, self.drew = f"own samples {done / total:.0%}", True
         self._move(done, total)
         self._say(self.at)
 
     def initialized(self, share: float) -> None:
-        """A share of the initialization is done; raises where the queue was interrupted."""
+        """A share of the initialization is done; raises where the user interrupted the queue."""
         self.at = f"initialisation {share:.0%}"
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._move(round(100 * share), 100)
         self._say(self.at)
 
     def show(self, record: Record) -> None:
-        """Move the bar; every so often draw what the student draws by now."""
+        """Move the bar; every `every` steps draw the student's current samples."""
         done = 1 + record.step if record.stage == "layers" else record.step
         if record.stage == "joint":
             done += 1 + self.settings.layers.steps
@@ -63,14 +71,14 @@ class LivePreview:
         self._say(text, at_once=done == self.total)
 
     def stopped(self, error: BaseException, saved: int | None) -> None:
-        """Say in place of the last line where it stopped, what is saved, and how to go on.
+        """Show where it stopped, what is saved, and how to go on.
 
-        `saved` is how many steps the newest state has behind it, None without one.
+        `saved` is the number of steps of the newest state, None without one.
         """
         interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
         how = "interrupted" if interrupted else "failed"
         if not self.at:
-            # What is in the folder may be another's.
+            # A state in the folder may be another distillation's.
             show_on_node(f"{how} before it began, folder {self.folder}")
         elif saved is None:
             kept = "; the own samples drawn so far are kept" if self.drew else ""
@@ -92,8 +100,8 @@ class LivePreview:
             _duration((now - since) / (done - first) * (self.total - done)) if done > first else ""
         )
 
-    def _move(self, done: int, total: int, preview=None) -> None:
-        # A bar of its own for each total: one that was full does not show a smaller value.
+    def _move(self, done: int, total: int, preview: tuple | None = None) -> None:
+        # A new bar for each total: a full one does not show a smaller value.
         if self.bar.total != total:
             self.bar = comfy.utils.ProgressBar(total)
         self.bar.update_absolute(done, total, preview)
@@ -105,13 +113,13 @@ class LivePreview:
             self.said = now
             show_on_node(f"{text}, folder {self.folder}")
 
-    def _preview(self, record: Record, text: str):
+    def _preview(self, record: Record, text: str) -> tuple | None:
         try:
             return ("JPEG", self._picture(record, text), 1024)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # The training fits; pictures are not worth losing it.
+            # The training itself fits: go on without pictures.
             logging.warning("ΔConv: out of memory for preview pictures, going on without them.")
             self.every = 0
             return None

@@ -122,15 +122,16 @@ def test_a_configuration_names_its_preset(tmp_path):
 
 
 def test_the_nodes_losses_are_presets():
-    from comfyui_deltaconv.nodes.distill import LOSSES
-    from comfyui_deltaconv.nodes.host.distillation import _settings
+    from comfyui_deltaconv.nodes.distill import KERNELS, LOSSES, read_inputs
 
-    widgets = {"seed": 1, "save_every": 2, "precision": "float32", "initialisation": "random"}
+    widgets = {"kernels": KERNELS[0], "preview_every": 0, "samples": 1, "sample_size": 0}
+    widgets |= {"seed": 1, "save_every": 2, "precision": "float32", "initialisation": "random"}
     widgets |= {"gradient_checkpointing": False, "batch_size": 2, "accumulate": 1}
     for stage in ("layer", "joint"):
         widgets |= {f"{stage}_steps": 3, f"{stage}_rate": 1e-3}
     for name, preset in LOSSES.items():
-        found = _settings({**widgets, "losses": name, "eight_bit": True})
+        chosen = {**widgets, "losses": name, "eight_bit": True}
+        found = read_inputs({name: [value] for name, value in chosen.items()}).settings()
         assert found.losses == PRESETS[preset]().losses and found.eight_bit
         assert found.joint.steps == 3 and found.joint.lr == 1e-3
     assert set(LOSSES.values()) <= set(PRESETS) and list(LOSSES)[:2] == ["ours", "published"]

@@ -18,6 +18,8 @@ from comfyui_deltaconv.deltaconv.distillation import (
 )
 from comfyui_deltaconv.deltaconv.distillation.checkpoint import state_files
 from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
+from comfyui_deltaconv.deltaconv.geometry import BlockPlan
+from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -349,7 +351,7 @@ def test_record_counts_every_step_once(model):
 
 def test_recipe_that_keeps_all_layers_is_refused(model):
     with pytest.raises(ValueError, match="keeps them all"):
-        node(model, recipe=SimpleNamespace(replaced={}))
+        node(model, recipe=Recipe({site: None for site in read_weights(demo.DELTACONV_PATH).sites}))
 
 
 def test_own_samples_are_drawn_from_prompts_and_cached(model):
@@ -371,7 +373,7 @@ def test_queueing_a_complete_distillation_again_returns_its_weights(model):
 
 def test_recipe_chooses_sites_and_kernels(model):
     site = "middle_block.1.transformer_blocks.0.attn1"
-    recipe = SimpleNamespace(replaced={site: SimpleNamespace(kernel=3, scales=(1.0,))})
+    recipe = Recipe({site: BlockPlan(3, (1.0,))})
     weights, _, _ = node(model, recipe=recipe, layer_steps=1)
     assert list(weights.sites) == [site]
     assert weights.sites[site].kernel_size == 3 and weights.scales[site] == (1.0,)
@@ -449,7 +451,7 @@ def test_node_goes_on_from_weights_it_is_given(model):
 
 def test_weights_to_start_from_must_fit_the_recipe(model):
     site = "middle_block.1.transformer_blocks.0.attn1"
-    recipe = SimpleNamespace(replaced={site: SimpleNamespace(kernel=3, scales=(1.0,))})
+    recipe = Recipe({site: BlockPlan(3, (1.0,))})
     with pytest.raises(DistillationError, match=f"start from at {site}"):
         node(model, recipe=recipe, start=read_weights(demo.DELTACONV_PATH))
 

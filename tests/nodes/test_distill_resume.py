@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv.distillation.checkpoint import saved_seed, saved_steps, state_files
+from comfyui_deltaconv.deltaconv.geometry import BlockPlan
+from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -194,7 +196,4 @@ def test_a_refused_folder_leaves_no_line_of_another_run(model, lines):
 
 
 def one_layer():
-    from types import SimpleNamespace
-
-    site = "middle_block.1.transformer_blocks.0.attn1"
-    return SimpleNamespace(replaced={site: SimpleNamespace(kernel=3, scales=(1.0,))})
+    return Recipe({"middle_block.1.transformer_blocks.0.attn1": BlockPlan(3, (1.0,))})
