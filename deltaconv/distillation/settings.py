@@ -6,13 +6,13 @@ from functools import wraps
 from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    field_validator,
 )
 from pydantic.dataclasses import dataclass as validated
 from pydantic_core import PydanticCustomError
@@ -35,26 +35,10 @@ class DistillationError(ValueError):
     """A distillation that cannot start or go on; the message says what to do."""
 
 
-def _at_most_the_batch(accumulate: int, info: ValidationInfo) -> int:
-    batch = info.data.get("batch", accumulate)
-    if accumulate > batch:
-        raise PydanticCustomError("above_batch", "at most the batch, {batch}", {"batch": batch})
-    return accumulate
-
-
 def _two(values: object) -> object:
     if not isinstance(values, list | tuple) or len(values) != 2:
-        raise PydanticCustomError("not_two", "two numbers")
+        raise PydanticCustomError("not_two", "Input should be two numbers")
     return values
-
-
-def _one_for_the_joint_stage(
-    losses: Mapping[Loss, float], info: ValidationInfo
-) -> Mapping[Loss, float]:
-    joint = info.data.get("joint")
-    if joint and joint.steps and not any(losses.values()):
-        raise PydanticCustomError("no_loss", "one with a weight above 0 for the joint stage")
-    return losses
 
 
 @dataclass(frozen=True)
@@ -71,7 +55,7 @@ class StageSettings:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Annotated[Count, Field(le=10**8)] = 20
     batch: Annotated[Int, Field(ge=1, le=10**5)] = 8
-    accumulate: Annotated[Int, Field(ge=1), AfterValidator(_at_most_the_batch)] = 1
+    accumulate: Annotated[Int, Field(ge=1)] = 1
     clip: Annotated[Float, Field(ge=1e-12, le=1e12)] = 1.0
     weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.0
     # What weight_decay acts on: every tensor, or the weights of Linears without biases and kernels.
@@ -79,6 +63,16 @@ class StageSettings:
     betas: Annotated[tuple[_Beta, _Beta], BeforeValidator(_two)] = (0.9, 0.99)
     # Least-squares refits of conv_out and conv_pool at the end of `layers`.
     refit: Bool = False
+
+    @field_validator("accumulate")
+    @classmethod
+    def _at_most_the_batch(cls, accumulate: int, info: ValidationInfo) -> int:
+        batch = info.data.get("batch", accumulate)
+        if accumulate > batch:
+            raise PydanticCustomError(
+                "above_batch", "Input should be at most the batch, {batch}", {"batch": batch}
+            )
+        return accumulate
 
 
 def _refusing(settings: type[_T]) -> type[_T]:
@@ -112,10 +106,9 @@ class DistillationSettings:
     layers: StageSettings = field(default_factory=StageSettings)
     joint: StageSettings = field(default_factory=StageSettings)
     # Weight by loss name, for the joint stage.
-    losses: Annotated[
-        Mapping[Loss, Annotated[Float, Field(ge=0, le=1e6)]],
-        AfterValidator(_one_for_the_joint_stage),
-    ] = field(default_factory=lambda: {"teacher": 1.0})
+    losses: Mapping[Loss, Annotated[Float, Field(ge=0, le=1e6)]] = field(
+        default_factory=lambda: {"teacher": 1.0}
+    )
     # γ of Min-SNR weighting of the noise and teacher losses; 0 leaves it out.
     min_snr: Annotated[Float, Field(ge=0, le=1e6)] = 0.0
     # Share of the images on stored trajectory points, where the data has any.
@@ -130,6 +123,18 @@ class DistillationSettings:
     # Steps with a non-finite loss in a row: after how many the rate halves, and the run stops.
     lower_after: Annotated[Int, Field(ge=1, le=10**6)] = 3
     stop_after: Annotated[Int, Field(ge=1, le=10**6)] = 10
+
+    @field_validator("losses")
+    @classmethod
+    def _one_for_the_joint_stage(
+        cls, losses: Mapping[Loss, float], info: ValidationInfo
+    ) -> Mapping[Loss, float]:
+        joint = info.data.get("joint")
+        if joint and joint.steps and not any(losses.values()):
+            raise PydanticCustomError(
+                "no_loss", "Input should be one with a weight above 0 for the joint stage"
+            )
+        return losses
 
     def stage(self, name: StageName) -> StageSettings:
         """The settings of one stage."""
@@ -157,15 +162,17 @@ class DistillationSettings:
             return False
 
 
-# 1 to 63, and as many scales as a file may name; a kernel's parity is the geometry's to check.
-_PLAN = TypeAdapter(
-    tuple[
-        Annotated[Int, Field(ge=1, le=63)],
-        Annotated[
-            tuple[Annotated[Float, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=8)
-        ],
+@validated(frozen=True)
+class _Entry:
+    """A recipe's entry for one site; that the kernel is odd is checked with the site's dim."""
+
+    kernel: Annotated[Int, Field(ge=1, le=63)]
+    scales: Annotated[
+        tuple[Annotated[Float, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=8)
     ]
-)
+
+
+_ENTRY = TypeAdapter(_Entry)
 
 
 def read_plan(recipe: Mapping[str, object], dims: Mapping[str, int]) -> dict[str, BlockPlan]:
@@ -182,10 +189,13 @@ def read_plan(recipe: Mapping[str, object], dims: Mapping[str, int]) -> dict[str
         if site not in dims:
             problems.append(f"{site!r:.80} is no self-attention site of this model")
             continue
+        if isinstance(entry, list | tuple) and len(entry) != 2:
+            problems.append(f"{site}: expected [kernel, [scales]], got {entry!r:.80}")
+            continue
         try:
             plan = _block_plan(entry)
         except ValidationError as error:
-            problems += problems_of(error, site)
+            problems += [f"{site}: {line}" for line in problems_of(error)]
             continue
         problems += [f"{site}: {line}" for line in check_geometry(dims[site], plan.kernel)]
         plans[site] = plan
@@ -212,8 +222,11 @@ def new_blocks(
 
 
 def _block_plan(entry: object) -> BlockPlan:
+    """The plan of a checked entry; raises ValidationError for any other."""
+    biased: tuple[int, ...] = ()
     if isinstance(entry, BlockPlan):
-        kernel, scales = _PLAN.validate_python((entry.kernel, entry.scales))
-        return BlockPlan(kernel, scales, entry.biased)
-    pair = entry if isinstance(entry, list | tuple) else (entry, BlockPlan.scales)
-    return BlockPlan(*_PLAN.validate_python(pair))
+        kernel, scales, biased = entry.kernel, entry.scales, entry.biased
+    else:
+        kernel, scales = entry if isinstance(entry, list | tuple) else (entry, BlockPlan.scales)
+    checked = _ENTRY.validate_python({"kernel": kernel, "scales": scales})
+    return BlockPlan(checked.kernel, checked.scales, biased)

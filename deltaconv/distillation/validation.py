@@ -20,19 +20,19 @@ _BOUNDS = {
 }
 
 
-def problems_of(error: ValidationError, under: str = "") -> list[str]:
-    """One sentence per problem: "name: expected …, got …"; names of entries begin with `under`."""
-    return [_problem(under, problem) for problem in error.errors(include_url=False)]
+def problems_of(error: ValidationError) -> list[str]:
+    """One sentence per problem: "name: expected …, got …", or "unknown: name"."""
+    return [_problem(problem) for problem in error.errors(include_url=False)]
 
 
-def _problem(under: str, problem: ErrorDetails) -> str:
+def _problem(problem: ErrorDetails) -> str:
     # pydantic marks the key of a mapping, whose name stands before it.
-    parts = [part for part in (under, *problem["loc"]) if part not in ("", "[key]")]
-    name, kind = ".".join(f"{part!s:.40}" for part in parts), problem["type"]
+    name = ".".join(f"{part!s:.40}" for part in problem["loc"] if part != "[key]")
+    kind = problem["type"]
     if kind in ("unexpected_keyword_argument", "invalid_key"):
         return f"unknown: {name}"
-    expected = problem["msg"].removeprefix("Input should be ")
-    if kind in _BOUNDS:
+    expected = problem["msg"].replace("Input should be ", "expected ", 1)
+    if kind in _BOUNDS and "ctx" in problem:
         key, bound = _BOUNDS[kind]
-        expected = f"a number, {bound} {problem['ctx'][key]:g}"
-    return f"{name}: expected {expected}, got {problem['input']!r:.40}"
+        expected = f"expected a number, {bound} {problem['ctx'][key]:g}"
+    return f"{name}: {expected}, got {problem['input']!r:.40}"

@@ -271,3 +271,56 @@ def test_stage_settings_that_cannot_be_are_all_named():
         DistillationSettings(layers=StageSettings(-1, lr=0.0, schedule="linear", batch=0))
     for word in ("layers.steps", "layers.lr", "layers.schedule", "layers.batch"):
         assert word in str(error.value)
+
+
+def test_every_unknown_entry_and_every_wrong_value_is_named_at_once():
+    plain = {
+        "layers": {"lr": "fast", "betas": [0.9], "accumulate": 9, "nope": 1},
+        "joint": {"steps": True, "schedule": "linear"},
+        "losses": {"noise": -1, "style": 1.0},
+        "seed": 1.0,
+        "ema": 1,
+        "other": None,
+    }
+    with pytest.raises(DistillationError) as error:
+        DistillationSettings.from_mapping(plain)
+    assert str(error.value) == (
+        "These distillation settings cannot be: "
+        "layers.lr: expected a valid number, got 'fast'; "
+        "layers.accumulate: expected at most the batch, 8, got 9; "
+        "layers.betas: expected two numbers, got [0.9]; "
+        "unknown: layers.nope; "
+        "joint.steps: expected a valid integer, got True; "
+        "joint.schedule: expected 'cosine' or 'constant', got 'linear'; "
+        "losses.noise: expected a number, at least 0, got -1; "
+        "losses.style: expected 'noise', 'teacher', 'features' or 'normalised_features', "
+        "got 'style'; "
+        "ema: expected a number, below 1, got 1; "
+        "seed: expected a valid integer, got 1.0; "
+        "unknown: other."
+    )
+    with pytest.raises(DistillationError, match="one with a weight above 0 for the joint stage"):
+        DistillationSettings(joint=StageSettings(1), losses={"noise": 0})
+    whole = DistillationSettings.from_mapping({"min_snr": 5, "layers": {"betas": [0, 0.5]}})
+    assert whole.min_snr == 5.0 and whole.layers.betas == (0.0, 0.5)
+
+
+def test_what_a_recipe_may_say_of_a_site():
+    dims = dict.fromkeys("abc", toy.CHANNELS)
+    plans = read_plan({"c": BlockPlan(7, (1.0,), (0,)), "a": 3, "b": [5, [1, 0.25]]}, dims)
+    assert plans == {
+        "a": BlockPlan(3),
+        "b": BlockPlan(5, (1.0, 0.25)),
+        "c": BlockPlan(7, (1.0,), (0,)),
+    }
+    assert list(plans) == ["a", "b", "c"]
+    with pytest.raises(DistillationError) as error:
+        read_plan({"a": 4, "b": (65, [2]), "c": [3], "d": 3}, dims)
+    for words in (
+        "a: kernel_size must be odd and positive, got kernel_size=4",
+        "b: kernel: expected a number, at most 63, got 65",
+        "b: scales.0: expected a number, at most 1, got 2",
+        "c: expected [kernel, [scales]], got [3]",
+        "'d' is no self-attention site of this model",
+    ):
+        assert words in str(error.value)
