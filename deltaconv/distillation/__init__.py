@@ -1,10 +1,10 @@
-"""Distillation: from a teacher's self-attention to ΔConvBlocks, on whatever host runs it."""
+"""Distillation of a teacher's self-attention into ΔConvBlocks, independent of the host."""
 
 from .data import Dataset, Trajectory
 from .presets import PRESETS, code_settings, default_settings, paper_settings
 from .record import Record, weights_of
 from .settings import DistillationError, DistillationSettings, StageSettings, default_kernels
-from .teacher import Teacher, sample
+from .teacher import Teacher, in_place_of_attention, sample
 from .trainer import distill
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "default_kernels",
     "default_settings",
     "distill",
+    "in_place_of_attention",
     "paper_settings",
     "sample",
     "weights_of",

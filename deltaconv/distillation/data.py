@@ -1,4 +1,4 @@
-"""Training data: latents with conditions, drawn in an order that a position and a seed fix."""
+"""Training data: latents with conditions; seed and position determine every draw."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -40,9 +40,9 @@ class Trajectory:
 
 @dataclass
 class Dataset:
-    """latents [C, H, W] each, sizes may differ, with one condition each; position by draw.
+    """latents [C, H, W] each, sizes may differ, with one condition each or one for all.
 
-    `trajectories`, where given, holds each image's sampling points, drawn beside noised latents.
+    `trajectories` holds each image's sampling points, drawn beside noised latents.
     """
 
     latents: Sequence[torch.Tensor]
@@ -85,7 +85,7 @@ class Dataset:
                 by_size[tuple(self.latents[index].shape)].append(index)
             batches = []
             for members in by_size.values():
-                # The last batch is filled up from the first images: a batch is always full.
+                # Every batch is full: the first images fill up the last one.
                 missing = -len(members) % batch
                 members += (members * (missing // len(members) + 1))[:missing]
                 batches += [members[at : at + batch] for at in range(0, len(members), batch)]
@@ -105,16 +105,16 @@ def draw(
     unconditional: float,
     trajectory_share: float = 0.0,
 ) -> Batch:
-    """One batch: sigmas uniform over the steps and stratified, conditions dropped at times.
+    """One batch: sigmas uniform over the steps and stratified, some conditions dropped.
 
-    Each image has a step of its own share of the steps, so that no batch misses a range of sigmas.
-    All random numbers come from `generator` on the CPU, so that devices agree.
+    Every image has its own stratum of the steps, so that each batch covers all sigmas. All random
+    numbers come from `generator` on the CPU, so that they agree across devices.
     """
     indices = dataset.indices(seed, batch, position)
     latents = torch.stack([dataset.latents[index] for index in indices]).float()
     noise = torch.randn(latents.shape, generator=generator)
     within = torch.rand(batch, generator=generator, dtype=torch.float64)
-    # Shuffled, so that parts of a batch are alike.
+    # Shuffled: every part of a batch then covers the same range.
     strata = torch.randperm(batch, generator=generator)
     steps = ((strata + within) / batch).clamp(5e-4, 1 - 5e-4)
     dropped = (torch.rand(batch, generator=generator) < unconditional).tolist()
@@ -125,7 +125,7 @@ def draw(
     sigma = teacher.sigmas(steps).float().to(device)
     latents, noise = latents.to(device), noise.to(device)
     x = teacher.noised(latents, noise, sigma)
-    # What ε̂ = (x − x̂₀) / sigma should be, for a flow model as for an ε-model.
+    # The target of ε̂ = (x − x̂₀) / sigma, for flow models as for ε-models.
     noise = (x - latents) / sigma[:, None, None, None]
     if dataset.trajectories is not None and on_path.any():
         x, sigma, noise = x.clone(), sigma.clone(), noise.clone()

@@ -54,11 +54,11 @@ def initialize(
 ) -> dict[str, float]:
     """Set every block (site → block, on the CPU) from the teacher; site → held-out relative error.
 
-    `projections(site)` gives the layer's query, key and value maps, or None where its attention is
-    not over the map itself. `progress` hears the share done, site by site where the work is linear
-    algebra. Held out is the other half of the images drawn, each with noise of its own; one image
-    may be in both halves. The error is at most 1, that of a block that gives zero. Raises
-    DistillationError, before any block is changed, where the activations are not finite.
+    `projections(site)` returns the layer's query, key and value maps, or None where its attention
+    is not over the map itself. `progress` hears the share done. The error is measured on the other
+    half of the draws, each with its own noise; one image may be in both halves. It is at most 1,
+    that of a block that returns zero. Raises DistillationError, before any block is changed, where
+    the activations are not finite.
     """
     maps = {site: projections(site) for site in blocks}
     offsets = _mean_offsets(maps, replay, generator)

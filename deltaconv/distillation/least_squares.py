@@ -1,4 +1,4 @@
-"""Linear regression from running sums: no activation is kept, and held-out error costs nothing."""
+"""Linear regression from running second moments: no activation is stored."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import torch
 
 # Ridge strengths tried, relative to each feature's own power.
 _STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
-# Where the search among them begins.
+# The search's starting index.
 _START = 4
 
 
@@ -24,14 +24,14 @@ class Sums:
 
     @classmethod
     def empty(cls, features: int, targets: int) -> "Sums":
-        """Sums over nothing yet."""
+        """Sums of no rows."""
         return cls(
             torch.zeros(features, features, dtype=torch.float64),
             torch.zeros(features, targets, dtype=torch.float64),
         )
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        """features [N, F], targets [N, T]: count these rows in."""
+        """features [N, F], targets [N, T]: add these rows."""
         features, size = _unit_range(features.float())
         targets, target_size = _unit_range(targets.float())
         self.features += (features.T @ features).double().cpu() * size**2
@@ -48,7 +48,7 @@ class Sums:
         )
 
     def beyond(self, weight: torch.Tensor) -> "Sums":
-        """Sums of the same features, and of what `weight` [F, T] leaves of the targets."""
+        """Sums of the same features and the residuals of `weight` [F, T] on the targets."""
         explained = self.features @ weight
         power = self.power + (weight * (explained - 2 * self.cross)).sum().item()
         return Sums(self.features, self.cross - explained, max(power, 0.0), self.count)
@@ -60,11 +60,11 @@ def ridge(sums: Sums, strength: torch.Tensor | float) -> torch.Tensor:
     `strength` is one number or one per feature [F].
     """
     power = sums.features.diagonal()
-    # Unit-power features first: powers differ by orders of magnitude between channels.
+    # Normalize features to unit power: channels differ by orders of magnitude.
     scale = torch.where(power > 0, power.rsqrt(), 0.0)
     system = sums.features * scale[:, None] * scale
     system.diagonal().add_(torch.as_tensor(strength, dtype=torch.float64) + 1e-9)
-    # Not `solve`, which raises on a singular system; what it gives then is not finite.
+    # `solve` raises on a singular system; solve_ex returns non-finite values, which `_gain` tests.
     solution, _ = torch.linalg.solve_ex(system, sums.cross * scale[:, None])
     return solution * scale[:, None]
 
@@ -95,8 +95,8 @@ def fit(
     left = halves[0].power + halves[1].power
     best, (_, share) = gain(levels), trials[levels]
     if share:
-        # Strengths are relative to the power of the rows. The noise in them calls for an absolute
-        # one: for twice the rows, half of it.
+        # Strengths are relative to the rows' power, while their noise asks for an absolute one:
+        # for twice the rows, half of it.
         strength = _per_feature(groups, levels) / 2
         weight += share * ridge(halves[0] + halves[1], strength)
         left = max(left - best, 0.0)

@@ -18,11 +18,11 @@ _TINY = 1e-12
 
 
 class LayerLosses:
-    """Every block regresses its own layer: site → squared error over the layer's output power.
+    """Each block regresses its own layer: site → squared error over the layer's output power.
 
     No gradient passes through the base; each block's graph is freed before the next site runs.
-    A site's error reaches its own block alone, so the parts of a batch of `images` are divided by
-    the first part's power, and `finish` puts the whole batch's in its place.
+    A site's error affects its own block alone: the parts of a batch of `images` are divided by the
+    first part's power, and `finish` rescales the gradients to the whole batch's power.
     """
 
     def __init__(self, student: Student, images: int, backward: Backward):
@@ -32,7 +32,7 @@ class LayerLosses:
         self.units: Losses = {}
 
     def add(self, teacher: Teacher, part: Batch) -> None:
-        """Gradients of one part, in one teacher pass; a host may show a site in several turns."""
+        """Gradients of one part, in one teacher pass; a host may call a site several times."""
 
         def visit(site, x, attend):
             y = attend()
@@ -58,7 +58,7 @@ class LayerLosses:
         power = target.square().mean() * share
         unit = self.units.setdefault(site, power)
         with torch.enable_grad():
-            # A clone where the host computes in inference mode: those tensors cannot be saved.
+            # Autograd cannot save tensors of inference mode.
             source = x.clone() if x.is_inference() else x.detach()
             error = F.mse_loss(self.student.run(site, source).float(), target) * share
             self.backward(error / unit.clamp_min(_TINY))
@@ -127,7 +127,7 @@ def joint_losses(
                 errors = (got - target).square().flatten(1).mean(1)
                 losses[name] = weights[name] * (errors * per_image).mean()
         if by_feature:
-            # The blocks' sites alone: a plain site's state differs only by what came before.
+            # The blocks' sites alone: other sites' states differ only through earlier blocks.
             sites = [site for site in goal if site in student.blocks]
             errors = {site: F.mse_loss(own[site].float(), goal[site].float()) for site in sites}
             if "features" in weights:

@@ -1,4 +1,4 @@
-"""What a distillation says of each step, and what it hands over at the end."""
+"""The record of each step, and the weights at the end."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ from .teacher import Teacher
 
 @dataclass(frozen=True)
 class Record:
-    """One step as a host shows it. `losses` are per site in init and layers, by name in joint.
+    """One step. `losses` are by site in init and layers, by loss name in joint.
 
-    `memory` is bytes at the peak on the device, of the process now on a CPU, None where unknown;
-    `message` is what a guard did or a stage came to, "" most of the time.
+    `memory` is the peak of bytes on the device, those of the process on a CPU, None where unknown;
+    `message` tells what a guard did or how a run was resumed, mostly "".
     """
 
     stage: str
@@ -30,13 +30,13 @@ class Record:
     memory: int | None
     seconds: float
     student: Student = field(repr=False)
-    # Losses of all training steps so far, those before a resume included; it grows as they go on.
+    # Losses of all training steps so far, those before a resume included; it keeps growing.
     history: Sequence[float] = field(repr=False)
     message: str = ""
     saved: str = ""
 
     def to_mapping(self) -> dict[str, object]:
-        """Plain data, one line of a log; numbers that are not finite are None, as JSON has none."""
+        """Plain data, one line of a log; non-finite numbers become None, for JSON."""
         return {
             k: _plain(v)
             for k, v in vars(self).items()

@@ -1,4 +1,4 @@
-"""A distillation in words, from its records as they come; none of them is kept."""
+"""A distillation's report, accumulated from its records without keeping them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _MESSAGES = 20
 
 
 class DistillationReport:
-    """What each stage came to, what the guards did, and where the state is."""
+    """The results of each stage, the guards' messages, and the place of the state."""
 
     def __init__(self):
         self._initial: float | None = None
@@ -20,7 +20,7 @@ class DistillationReport:
         self._data = ""
 
     def add(self, record: Record) -> None:
-        """Count one record in."""
+        """Add one record."""
         stage = record.stage
         if record.message and len(self._messages) < _MESSAGES:
             self._messages.append(f"{stage} {record.step}: {record.message}")
@@ -37,7 +37,7 @@ class DistillationReport:
             self._worst = sorted(record.losses.items(), key=lambda item: -item[1])[:3]
 
     def own_samples(self, count: int, reused: int) -> None:
-        """Say how many of `count` own samples were there already."""
+        """Tell how many of `count` own samples came from the cache."""
         self._data = (
             f"own samples: {count} drawn"
             if not reused
