@@ -12,6 +12,7 @@ from comfyui_deltaconv.deltaconv.distillation import (
     distill,
 )
 from comfyui_deltaconv.deltaconv.distillation.offsets import Projections
+from einops import rearrange
 
 CHANNELS, SIZE = 16, 12
 PLAN = {"first": (5, (1.0, 0.5)), "second": (3, (1.0,))}
@@ -82,14 +83,15 @@ class ToyTeacher(torch.nn.Module):
     def _attention(self, layers, n):
         height, width = n.shape[1:3]
         query, key, value = (
-            layers[name](n.flatten(1, 2)).unflatten(-1, (2, -1)).transpose(1, 2)
+            rearrange(layers[name](n), "b h w (heads e) -> b heads (h w) e", heads=2)
             for name in ("query", "key", "value")
         )
         rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        at = torch.stack([rows, cols], -1).flatten(0, 1).float()
+        at = rearrange([rows, cols], "yx h w -> (h w) yx").float()
         near = -torch.cdist(at, at) / 2
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=near)
-        return layers["out"](y.transpose(1, 2).flatten(2)).unflatten(1, (height, width))
+        y = rearrange(y, "b heads (h w) e -> b h w (heads e)", h=height)
+        return layers["out"](y)
 
 
 def toy_data(count: int = 24) -> Dataset:
