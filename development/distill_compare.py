@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
-from .distill_demo import psnr, visit_of
+from .distill_demo import mean_psnr
 
 RATES = (0.3, 1.0, 3.0, 10.0)
 # Preset → its name in the figures: the paper's losses, and those of the authors' code for SD1.5.
@@ -86,7 +86,7 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
                     run = train(of_recipe["rate"], seed, 1)
                     blocks = run.pop("blocks")
                     if seed == 0:
-                        run["psnr"] = psnr(expected(), twelve_pictures(teacher, blocks))
+                        run["psnr"] = mean_psnr(expected(), twelve_pictures(teacher, blocks))
                     runs.append(run)
                     keep()
                 print(f"{name}: seed {seed}: {runs[seed]}", flush=True)
@@ -168,10 +168,11 @@ def twelve_pictures(teacher, blocks: Mapping):
     """Pictures [12, 3, 64, 64] of the twelve prompts: one batch, seed 1, 30 steps, CFG 4."""
     import torch
 
-    from ..deltaconv.distillation import sample
+    from ..deltaconv.distillation import in_place_of_attention, sample
     from ..nodes.host.conditioning import encode_prompts
 
     noise = torch.randn((12, 3, 64, 64), generator=torch.Generator().manual_seed(1))
     conditions = encode_prompts(teacher, TWELVE, None)
     (unconditional,) = encode_prompts(teacher, [""], None)
-    return sample(teacher, conditions, unconditional, noise, visit=visit_of(blocks)).clamp(-1, 1)
+    visit = in_place_of_attention(blocks)
+    return sample(teacher, conditions, unconditional, noise, visit=visit).clamp(-1, 1)

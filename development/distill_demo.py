@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 PROMPTS = ("red apple", "sun with face", "tiger face", "octopus")
 COLUMNS = ("teacher", "untrained", "initialised", "distilled")
@@ -113,8 +114,8 @@ def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict
         pictures["distilled"] = draw(teacher, blocks, steps, side)
         measure("joint" if record.stage == "joint" else "layer by layer, stopped", blocks)
         weights = weights_of(record.student, teacher, settings)
-    figures = {name: psnr(pictures["teacher"], pictures[name]) for name in COLUMNS[1:]}
-    sheet(pictures, figures).save(output / "distil_demo.png")
+    figures = {name: mean_psnr(pictures["teacher"], pictures[name]) for name in COLUMNS[1:]}
+    drawn_sheet(pictures, figures).save(output / "distil_demo.png")
     if curve := error_curve(errors):
         curve.save(output / "distil_demo_loss.png")
     write_weights(weights, output / "distil_demo.safetensors", overwrite=True)
@@ -213,50 +214,33 @@ def draw(teacher, blocks: Mapping, steps: int, side: int):
     """Pictures [B, 3, H, W] of the prompts, from equal noise; no blocks: the teacher's own."""
     import torch
 
-    from ..deltaconv.distillation import sample
+    from ..deltaconv.distillation import in_place_of_attention, sample
     from ..nodes.host.conditioning import encode_prompts
 
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn((len(PROMPTS), 3, side, side), generator=generator)
     (unconditional,) = encode_prompts(teacher, [""], None)
     conditions = encode_prompts(teacher, PROMPTS, None)
-    latents = sample(teacher, conditions, unconditional, noise, steps=steps, visit=visit_of(blocks))
+    visit = in_place_of_attention(blocks)
+    latents = sample(teacher, conditions, unconditional, noise, steps=steps, visit=visit)
     return latents.clamp(-1, 1).cpu()
 
 
-def visit_of(blocks: Mapping):
-    """The blocks in place of attention; None where there are none."""
-
-    def student(site, x, attend):
-        return blocks[site](x.float()).to(x.dtype) if site in blocks else attend()
-
-    return student if blocks else None
-
-
-def psnr(a, b) -> float:
+def mean_psnr(a, b) -> float:
     """Mean over pictures [B, C, H, W] in −1…1, in dB."""
-    errors = (a - b).square().flatten(1).mean(1).clamp_min(1e-12)
-    return (10 * (4 / errors).log10()).mean().item()
+    from ..deltaconv.pictures.metrics import psnr
+
+    return mean(psnr((a + 1) / 2, (b + 1) / 2))
 
 
-def sheet(pictures: Mapping, figures: Mapping[str, float]):
+def drawn_sheet(pictures: Mapping, figures: Mapping[str, float]):
     """One labelled row per prompt, one labelled column per stage."""
-    from PIL import Image, ImageDraw, ImageFont
+    from ..deltaconv.pictures.convert import to_pil
+    from ..deltaconv.pictures.sheet import sheet
 
-    from ..deltaconv.pictures.metrics import to_pil
-
-    tile, margin, top, labels = 192, 12, 40, 130
-    width = labels + len(COLUMNS) * (tile + margin)
-    page = Image.new("RGB", (width, top + len(PROMPTS) * (tile + margin)), "white")
-    text, font = ImageDraw.Draw(page), ImageFont.load_default(16)
-    for row, prompt in enumerate(PROMPTS):
-        text.text((margin, top + row * (tile + margin) + tile // 2), prompt, "black", font)
-    for column, name in enumerate(COLUMNS):
-        left = labels + column * (tile + margin)
-        caption = f"{name}, {figures[name]:.1f} dB" if name in figures else name
-        text.text((left, 10), caption, "black", font)
-        for row, picture in enumerate(pictures[name]):
-            image = to_pil((picture.movedim(0, -1) + 1) / 2)
-            image = image.resize((tile, tile), Image.Resampling.NEAREST)
-            page.paste(image, (left, top + row * (tile + margin)))
-    return page
+    rows = [
+        [to_pil((picture.movedim(0, -1) + 1) / 2) for picture in row]
+        for row in zip(*(pictures[name] for name in COLUMNS), strict=True)
+    ]
+    titles = [f"{name}, {figures[name]:.1f} dB" if name in figures else name for name in COLUMNS]
+    return sheet(rows, columns=titles, names=PROMPTS, tile=192)

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..deltaconv.application_report import ApplicationFacts, application_report
+from ..deltaconv.application.report import ApplicationFacts, application_report
 from ..deltaconv.weights.compatibility import check_fit, select_sites
 from ..kernels import GATES
 from .host.application import Application

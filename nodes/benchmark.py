@@ -62,7 +62,7 @@ class DeltaConvBenchmark(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sizes: str | None = None) -> bool | str:
-        from ..deltaconv.benchmark import parse_sizes
+        from ..deltaconv.application.step_times import parse_sizes
 
         try:
             parse_sizes(sizes or "")
@@ -81,7 +81,7 @@ class DeltaConvBenchmark(io.ComfyNode):
         seconds: float = 15.0,
     ) -> io.NodeOutput:
         # Imported here: plots and samplers would slow down the start of ComfyUI.
-        from ..deltaconv.benchmark import parse_sizes, plot, table
+        from ..deltaconv.application.step_times import parse_sizes, plot, table
         from ..deltaconv.pictures.figure import picture
         from .host.benchmark import benchmark
 

@@ -13,8 +13,8 @@ from comfy.hooks import EnumHookType
 from comfy.model_patcher import ModelPatcher
 
 from ...deltaconv import DeltaConvBlock
-from ...deltaconv.application_report import choices_report
-from ...deltaconv.fastest import BUDGET, Choice, Choices, Size
+from ...deltaconv.application.fastest import BUDGET, Choice, Choices, Size
+from ...deltaconv.application.report import choices_report
 from .inert import inert_parts
 from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
 

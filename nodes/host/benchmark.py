@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...deltaconv import DeltaConvWeights
-from ...deltaconv.benchmark import (
+from ...deltaconv.application.step_times import (
     CONTENDERS,
     WAYS,
     Contender,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassInjectionManager, WeightAdapterBase
 
-from ...deltaconv.application_report import Inert, inert_sentences
+from ...deltaconv.application.report import Inert, inert_sentences
 from .object_patches import PatchedView
 from .sites import ModelSites
 

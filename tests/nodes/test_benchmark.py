@@ -6,8 +6,9 @@ import weakref
 
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import benchmark, demo
-from comfyui_deltaconv.deltaconv.benchmark import CONTENDERS, Contender, SizeTimes
+from comfyui_deltaconv.deltaconv import demo
+from comfyui_deltaconv.deltaconv.application import step_times
+from comfyui_deltaconv.deltaconv.application.step_times import CONTENDERS, Contender, SizeTimes
 
 CPU = torch.device("cpu")
 STEP, BLOCKS = CONTENDERS[:2]
@@ -22,7 +23,7 @@ STEP, BLOCKS = CONTENDERS[:2]
     ],
 )
 def test_sizes_are_read(text, sizes):
-    assert benchmark.parse_sizes(text) == sizes
+    assert step_times.parse_sizes(text) == sizes
 
 
 @pytest.mark.parametrize(
@@ -38,21 +39,21 @@ def test_sizes_are_read(text, sizes):
 )
 def test_what_is_no_size_is_refused(text, sentence):
     with pytest.raises(ValueError, match=sentence):
-        benchmark.parse_sizes(text)
+        step_times.parse_sizes(text)
 
 
 def test_pixels_become_latent_cells():
-    assert benchmark.latent_size((768, 1024), 8) == (128, 96)
-    assert benchmark.latent_size((768, 1024), 8, 2) == (128, 96)
+    assert step_times.latent_size((768, 1024), 8) == (128, 96)
+    assert step_times.latent_size((768, 1024), 8, 2) == (128, 96)
     with pytest.raises(ValueError, match=r"multiples of 16 pixels .* got 1000 x 1024\. Take 992 x"):
-        benchmark.latent_size((1000, 1024), 8, 2)
+        step_times.latent_size((1000, 1024), 8, 2)
 
 
 def test_calls_take_turns_and_progress_ends_at_the_total():
     order, steps = [], []
     calls = {name: lambda name=name: order.append(name) for name in CONTENDERS}
     result = SizeTimes((8, 8))
-    benchmark.measure(result, calls, CPU, 3, 60.0, lambda *step: steps.append(step))
+    step_times.measure(result, calls, CPU, 3, 60.0, lambda *step: steps.append(step))
     assert order == list(CONTENDERS) * 4
     assert steps == [(n, 16) for n in range(1, 17)]
     assert {timing["samples"] for timing in result.times.values()} == {3}
@@ -60,13 +61,13 @@ def test_calls_take_turns_and_progress_ends_at_the_total():
 
 def test_time_limits():
     calls = {name: lambda: None for name in CONTENDERS}
-    result = benchmark.measure(SizeTimes((8, 8)), calls, CPU, 50, 0.0)
+    result = step_times.measure(SizeTimes((8, 8)), calls, CPU, 50, 0.0)
     assert {timing["samples"] for timing in result.times.values()} == {1}
     slow = torch.ones(400, 400)
     calls[STEP] = lambda: [slow @ slow for _ in range(100)]
-    result = benchmark.measure(SizeTimes((8, 8)), calls, CPU, 5, 0.002)
+    result = step_times.measure(SizeTimes((8, 8)), calls, CPU, 5, 0.002)
     assert result.times[STEP]["samples"] == 1
-    assert "(one call)" in benchmark.table([result])
+    assert "(one call)" in step_times.table([result])
 
 
 @pytest.mark.parametrize(
@@ -88,11 +89,11 @@ def test_out_of_memory_ends_one_contender_alone(error, when):
             raise error
 
     calls = {name: lambda: None for name in CONTENDERS} | {STEP: fails}
-    result = benchmark.measure(SizeTimes((8, 8)), calls, CPU, 4, 60.0)
+    result = step_times.measure(SizeTimes((8, 8)), calls, CPU, 4, 60.0)
     assert result.problems == {STEP: "out of memory"}
     assert len(count) == when
     assert all(result.times[name]["samples"] == 4 for name in CONTENDERS[1:])
-    assert "out of memory" in benchmark.table([result])
+    assert "out of memory" in step_times.table([result])
     assert result.ratio("step") is None
 
 
@@ -102,11 +103,11 @@ def test_other_errors_and_interrupts_are_not_swallowed():
 
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x")):
         with pytest.raises(type(error)):
-            benchmark.measure(
+            step_times.measure(
                 SizeTimes((8, 8)), {STEP: lambda error=error: raises(error)}, CPU, 1, 1.0
             )
     with pytest.raises(KeyboardInterrupt):
-        benchmark.measure(
+        step_times.measure(
             SizeTimes((8, 8)),
             {STEP: lambda: None},
             CPU,
@@ -125,7 +126,7 @@ def timed(size, attention, blocks, spread=0.01):
             "high": value * (1 + spread),
             "samples": 5,
         }
-        for way, value in zip(benchmark.WAYS, (attention, blocks), strict=True)
+        for way, value in zip(step_times.WAYS, (attention, blocks), strict=True)
     }
     return SizeTimes((size, size), times)
 
@@ -133,14 +134,14 @@ def timed(size, attention, blocks, spread=0.01):
 def test_the_table_says_who_is_faster_and_by_how_much():
     results = [timed(512, 0.02, 0.025), timed(768, 0.05, 0.0501), timed(1024, 0.2, 0.05)]
     results[2].memory = {STEP: 3 * 2**30, BLOCKS: 2**29}
-    text = benchmark.table(results)
+    text = step_times.table(results)
     lines = text.split("\n")
     assert "0.80×" in lines[1] and "20 (19.8–20.2)" in lines[1]
     assert "4.00×" in lines[3] and lines[3].split()[-4:] == ["3072", "MiB", "512", "MiB"]
     assert "with ΔConv at 1024 × 1024." in text
     assert "with attention at 512 × 512: choose" in text
     assert "less than the spread at 768 × 768." in text
-    assert "memory" not in benchmark.table(results[:2]).lower()
+    assert "memory" not in step_times.table(results[:2]).lower()
 
 
 def run(model, weights, **inputs):

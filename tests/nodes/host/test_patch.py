@@ -366,7 +366,7 @@ def test_why_the_replaced_layers_keep_their_weights(base):
 
 def choose_by(monkeypatch, takes_block):
     """Times that come out as told, so that both ways are tested on any machine."""
-    from comfyui_deltaconv.deltaconv import fastest
+    from comfyui_deltaconv.deltaconv.application import fastest
     from comfyui_deltaconv.nodes.host import application
 
     def told(device, call):
@@ -446,7 +446,7 @@ def test_a_compiler_sees_one_way_and_no_break(comfy, monkeypatch, caplog, dynami
 
 
 def test_what_was_not_timed_is_said(base, weights, monkeypatch, caplog):
-    from comfyui_deltaconv.deltaconv import fastest
+    from comfyui_deltaconv.deltaconv.application import fastest
 
     choose_by(monkeypatch, True)
     monkeypatch.setattr(fastest, "BUDGET", 1e-9)

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ..kernels.backend import LARGEST_KERNEL
-from .families import family_title, native_latent
+from ...kernels.backend import LARGEST_KERNEL
+from ..families import family_title, native_latent
+from ..flops import attention_flops, block_flops
+from ..weights.model import DeltaConvWeights
 from .fastest import Choice
-from .flops import attention_flops, block_flops
-from .weights.model import DeltaConvWeights
 
 _UNDECIDED = (
     "attention stays where it is faster: each layer is timed at the first step, and the log says "

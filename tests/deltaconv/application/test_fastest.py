@@ -5,8 +5,14 @@ import time
 
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import fastest
-from comfyui_deltaconv.deltaconv.fastest import BUDGET, Choices, measure, seconds, synchronize
+from comfyui_deltaconv.deltaconv.application import fastest
+from comfyui_deltaconv.deltaconv.application.fastest import (
+    BUDGET,
+    Choices,
+    measure,
+    seconds,
+    synchronize,
+)
 
 CPU = torch.device("cpu")
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)

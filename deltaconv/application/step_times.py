@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from ..kernels.timing import extra_memory, once, summary
-from .memory import is_out_of_memory
+from ...kernels.timing import extra_memory, once, summary
+from ..memory import is_out_of_memory
 
 LARGEST_SIDE = 16384
 MOST_SIZES = 16
@@ -218,7 +218,7 @@ def plot(results: Sequence[SizeTimes], title: str):
 
     Raises ValueError where nothing was measured.
     """
-    from .pictures.figure import BLUE, ORANGE, new_figure
+    from ..pictures.figure import BLUE, ORANGE, new_figure
 
     if not any(result.times for result in results):
         raise ValueError("Nothing could be timed, so there is nothing to draw; the table says why.")

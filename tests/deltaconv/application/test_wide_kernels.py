@@ -2,7 +2,7 @@
 
 import pytest
 from comfyui_deltaconv.deltaconv import DeltaConvBlock, read_weights, write_weights
-from comfyui_deltaconv.deltaconv.application_report import ApplicationFacts, application_report
+from comfyui_deltaconv.deltaconv.application.report import ApplicationFacts, application_report
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 
 

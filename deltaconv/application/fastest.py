@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels.timing import synchronize
-from .memory import is_out_of_memory
+from ...kernels.timing import synchronize
+from ..memory import is_out_of_memory
 
 # Seconds of timing per device and process; a measurement that exceeds them is finished.
 BUDGET = 2.0
