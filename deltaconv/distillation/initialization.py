@@ -25,8 +25,9 @@ from einops import rearrange, repeat
 
 from ...kernels import gated_pyramid
 from ..block import DeltaConvBlock
+from ..locality.attention import QKVMaps
 from .least_squares import Sums, fit, leading_directions, without
-from .offsets import OffsetMeans, Projections
+from .offsets import OffsetMeans
 from .settings import DistillationError
 from .teacher import Visit
 
@@ -48,7 +49,7 @@ _Candidate = tuple[float, torch.Tensor, int | None]
 def initialize(
     blocks: Mapping[str, DeltaConvBlock],
     replay: Replay,
-    projections: Callable[[str], Projections | None],
+    projections: Callable[[str], QKVMaps | None],
     generator: torch.Generator,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
@@ -155,7 +156,7 @@ def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums], from_zero: bo
 
 
 def _mean_offsets(
-    maps: Mapping[str, Projections | None], replay: Replay, generator: torch.Generator
+    maps: Mapping[str, QKVMaps | None], replay: Replay, generator: torch.Generator
 ) -> dict[str, OffsetMeans]:
     offsets: dict[str, OffsetMeans] = {}
 
@@ -177,7 +178,7 @@ def _mean_offsets(
 
 def _direction_sums(
     blocks: Mapping[str, DeltaConvBlock],
-    maps: Mapping[str, Projections | None],
+    maps: Mapping[str, QKVMaps | None],
     offsets: Mapping[str, OffsetMeans],
     replay: Replay,
 ) -> dict[str, Sums]:
@@ -220,7 +221,10 @@ def _carry(values: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 
 
 def _set_channels(
-    block: DeltaConvBlock, sums: Sums, heads: Projections | None, offsets: OffsetMeans | None
+    block: DeltaConvBlock,
+    sums: Sums,
+    heads: QKVMaps | None,
+    offsets: OffsetMeans | None,
 ) -> None:
     """Choose the a channels by energy, give them their kernels, and open the gate."""
     dim, half, size = block.dim, block.dim // 4, block.kernel_size
@@ -259,7 +263,7 @@ def _set_channels(
                 kernel[..., channel] = per_head.mean(0)
 
 
-def _head_candidates(sums: Sums, dim: int, heads: Projections, rank: int) -> list[_Candidate]:
+def _head_candidates(sums: Sums, dim: int, heads: QKVMaps, rank: int) -> list[_Candidate]:
     """What each head adds to the pointwise part."""
     rest = without(sums, dim)
     size = len(heads.value) // heads.heads

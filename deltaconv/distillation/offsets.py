@@ -1,22 +1,15 @@
-"""A teacher's attention projections, and its mean attention by offset, as depthwise kernels."""
-
-from dataclasses import dataclass
+"""A teacher's mean attention by offset, as depthwise kernels."""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..locality.attention import add_by_offset, attention_rows, pairs_by_offset
-
-
-@dataclass(frozen=True)
-class Projections:
-    """The linear maps of one attention module: query, key, value [E, C], E = heads · head size."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    heads: int
+from ..locality.attention import (
+    QKVMaps,
+    add_by_offset,
+    attention_rows,
+    pairs_by_offset,
+)
 
 
 class OffsetMeans:
@@ -30,7 +23,7 @@ class OffsetMeans:
         self.mass = torch.zeros(heads, 2 * height - 1, 2 * width - 1)
         self.pairs = torch.zeros(2 * height - 1, 2 * width - 1)
 
-    def add(self, x: torch.Tensor, projections: Projections, queries: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, projections: QKVMaps, queries: torch.Tensor) -> None:
         """x [H, W, C], queries [Q] as indices into H · W: add their attention."""
         tokens = rearrange(x, "h w c -> (h w) c").float()
         query, key = (

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from .offsets import Projections
+from ..locality.attention import QKVMaps
 
 # One image's conditioning, as the host makes it of a prompt; opaque to distillation.
 Condition = object
@@ -55,7 +55,7 @@ class Teacher(Protocol):
     def checkpointing(self, active: bool) -> None:
         """Recompute the base's activations in the backward pass instead of keeping them."""
 
-    def projections(self, site: str) -> Projections | None:
+    def projections(self, site: str) -> QKVMaps | None:
         """The site's query, key and value maps; None where keys are not the map's own tokens."""
 
 

@@ -15,6 +15,16 @@ GROUPS = 16
 
 
 @dataclass(frozen=True)
+class QKVMaps:
+    """The linear maps of one attention module: query, key, value [E, C], E = heads · head size."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    heads: int
+
+
+@dataclass(frozen=True)
 class AttentionStatistics:
     """Statistics of one attention layer on one map of height × width cells.
 

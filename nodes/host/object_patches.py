@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 import comfy.utils
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 
@@ -63,19 +62,6 @@ def stock_forward(patcher: ModelPatcher, path: str) -> object:
             f"Expected a self-attention layer at {layer}, got none: another node exchanged a "
             "module above it. Apply that node after this one, or leave the layer out by sites."
         ) from None
-
-
-def restore_modules(patcher: ModelPatcher) -> None:
-    """Take exchanged modules of any loaded clone off the model, so that its layers can be found.
-
-    ComfyUI puts them on again when it next loads that clone, as it does for every sampling.
-    """
-    exchanged = patcher.object_patches_backup.items()
-    if any(
-        isinstance(was, torch.nn.Module) and path.startswith("diffusion_model")
-        for path, was in exchanged
-    ):
-        patcher.unpatch_model(unpatch_weights=False)
 
 
 def restore_in_reverse(patcher: ModelPatcher) -> None:

@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from ...deltaconv.distillation.offsets import Projections
+from ...deltaconv.locality.attention import QKVMaps
 from .encoded import EncodedConditions
 from .object_patches import restore_in_reverse
 from .patch import KEY, detach, original_forward
@@ -154,7 +154,7 @@ class ComfyTeacher:
         return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
 
     @torch.no_grad()
-    def projections(self, site: str) -> Projections | None:
+    def projections(self, site: str) -> QKVMaps | None:
         """The site's query, key and value maps, as they act: LoRA, casting and storage included."""
         module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
         dim = self.dims[site]

@@ -11,7 +11,7 @@ from comfyui_deltaconv.deltaconv.distillation import (
     StageSettings,
     distill,
 )
-from comfyui_deltaconv.deltaconv.distillation.offsets import Projections
+from comfyui_deltaconv.deltaconv.locality.attention import QKVMaps
 from einops import rearrange
 
 CHANNELS, SIZE = 16, 12
@@ -60,7 +60,7 @@ class ToyTeacher(torch.nn.Module):
 
     def projections(self, site):
         layers = self.sites[site]
-        return Projections(*(layers[n].weight.detach() for n in ("query", "key", "value")), 2)
+        return QKVMaps(*(layers[n].weight.detach() for n in ("query", "key", "value")), 2)
 
     def predict(self, x, sigma, conditions, visit=None, features=None):
         self.calls += 1

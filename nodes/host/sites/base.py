@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....deltaconv.distillation.offsets import Projections
 from ....deltaconv.families import families_of
+from ....deltaconv.locality.attention import QKVMaps
 
 Size = tuple[int, int]
 
@@ -137,7 +137,7 @@ class ModelSites(ABC):
     @abstractmethod
     def projections(
         self, module: torch.nn.Module, affine: Callable[[Callable], torch.Tensor]
-    ) -> Projections | None:
+    ) -> QKVMaps | None:
         """Query, key and value maps of a site's module; None where they do not say what it does.
 
         `affine` gives the matrix [out, in] of a layer as it acts, without what it adds.

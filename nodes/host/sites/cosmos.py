@@ -6,7 +6,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ....deltaconv.distillation.offsets import Projections
+from ....deltaconv.locality.attention import QKVMaps
 from .base import (
     OTHERS,
     Inspect,
@@ -85,7 +85,7 @@ class CosmosSites(ModelSites):
         own = {**options, _GRID: (1, *self.map_size(site.path, *latent_size))}
         return {"transformer_options": own}
 
-    def projections(self, module, affine) -> Projections | None:
+    def projections(self, module, affine) -> QKVMaps | None:
         # Norms and rotary positions lie between these maps and what attention compares.
         return None
 

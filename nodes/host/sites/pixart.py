@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....deltaconv.distillation.offsets import Projections
+from ....deltaconv.locality.attention import QKVMaps
 from .base import (
     OTHERS,
     Heads,
@@ -79,11 +79,11 @@ class PixArtSites(ModelSites):
     ) -> dict[str, object]:
         return {"HW": latent_size}
 
-    def projections(self, module, affine) -> Projections | None:
+    def projections(self, module, affine) -> QKVMaps | None:
         if module.sr_ratio > 1 or not isinstance(module.q_norm, torch.nn.Identity):
             return None
         query, key, value = affine(module.qkv).chunk(3, dim=0)
-        return Projections(query, key, value, module.num_heads)
+        return QKVMaps(query, key, value, module.num_heads)
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix("attn") + "cross_attn"

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....deltaconv.distillation.offsets import Projections
 from ....deltaconv.families import resolution_level
 from ....deltaconv.flops import halved
+from ....deltaconv.locality.attention import QKVMaps
 from .base import (
     OTHERS,
     Inspect,
@@ -97,9 +97,9 @@ class UNetSites(ModelSites):
         own = {**options, "activations_shape": [batch, 0, rows, columns]}
         return {"transformer_options": own}
 
-    def projections(self, module, affine) -> Projections | None:
+    def projections(self, module, affine) -> QKVMaps | None:
         layers = (module.to_q, module.to_k, module.to_v)
-        return Projections(*map(affine, layers), module.heads)
+        return QKVMaps(*map(affine, layers), module.heads)
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix("attn1") + "norm2"

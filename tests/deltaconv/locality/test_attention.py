@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv.distillation.offsets import OffsetMeans, Projections
+from comfyui_deltaconv.deltaconv.distillation.offsets import OffsetMeans
 from comfyui_deltaconv.deltaconv.locality import attention, profile
 from comfyui_deltaconv.deltaconv.locality.attention import (
+    QKVMaps,
     attention_of,
     measure_attention,
     memory_bound,
@@ -261,7 +262,7 @@ def test_initialization_sees_the_same_mass_by_offset():
     query, key = (torch.randn(12, 8, generator=generator) for _ in range(2))
     x = torch.randn(height, width, 8, generator=generator)
     means = OffsetMeans(heads, height, width)
-    means.add(x, Projections(query, key, key, heads), torch.arange(height * width))
+    means.add(x, QKVMaps(query, key, key, heads), torch.arange(height * width))
     q, k = (
         (x.flatten(0, 1) @ weight.T).unflatten(-1, (heads, -1)).transpose(0, 1)[None]
         for weight in (query, key)
