@@ -10,7 +10,7 @@ import torch
 
 from ..deltaconv import demo
 from ..deltaconv.distillation import Dataset, DistillationSettings
-from ..deltaconv.families import FAMILIES
+from ..deltaconv.families import native_latent
 from . import CommandError
 from .distill_config import Configuration
 
@@ -51,9 +51,8 @@ def chosen_data(configuration: Configuration, teacher):
     from ..deltaconv.distillation.own_samples import own_samples
     from ..nodes.host.conditioning import encode_prompts
 
-    family = FAMILIES.get(teacher.family)
     pixels = 8 if teacher.vae is not None else 1
-    size = configuration.size or pixels * (family.native_latent if family else demo.NATIVE_SIZE)
+    size = configuration.size or pixels * native_latent(teacher.family)
     if size < pixels:
         raise CommandError(f"Expected a size of {pixels} pixels or more, got {size}.")
 

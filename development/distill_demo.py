@@ -46,7 +46,7 @@ def training_steps(seconds: float, layer: float, joint: float) -> tuple[int, int
 
 
 def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
-    """Distil the demo teacher within `seconds`, print how the loss falls, write grid and curve.
+    """Distill the demo teacher within `seconds`, print how the loss falls, write grid and curve.
 
     ComfyUI must be on the path (`cli.host.enter`). The grid's columns are `COLUMNS`: untrained
     blocks are random, initialized ones come from least squares alone. `side` is that of all

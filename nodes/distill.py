@@ -163,7 +163,7 @@ class DeltaConvDistill(io.ComfyNode):
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Keep the optimiser's moments in 8 bits; needs bitsandbytes.",
+                    tooltip="Keep the optimizer's moments in 8 bits; needs bitsandbytes.",
                 ),
                 io.Int.Input(
                     "samples_mb",

@@ -37,7 +37,7 @@ def distill(
     resume: bool = True,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Iterator[Record]:
-    """Distil `teacher` into ΔConvBlocks, yielding a record per step.
+    """Distill `teacher` into ΔConvBlocks, yielding a record per step.
 
     `recipe` maps site → BlockPlan, (kernel, scales), or a kernel alone. A `dataset` that is a
     function is called once, at the first record. `start` holds blocks to go on from in place of an

@@ -99,7 +99,7 @@ class Training:
         self.student.averaged = progress.averaged
         self.restart_optimizer()
         if not self.optimizer.load(state.group("optimiser")):
-            notes.append("optimiser begun anew: the state holds another kind's moments")
+            notes.append("optimizer begun anew: the state holds another kind's moments")
         self.optimizer.bad, self.optimizer.rate = progress.bad, progress.rate
         if progress.scaler and self.optimizer.scaler.is_enabled():
             self.optimizer.scaler.load_state_dict(dict(progress.scaler))

@@ -1,4 +1,4 @@
-"""A small network with real self-attention, as a teacher for tests; run as a script it distils
+"""A small network with real self-attention, as a teacher for tests; run as a script it distills
 until it is killed: `python toy_teacher.py FOLDER STEPS`."""
 
 import sys

@@ -166,10 +166,10 @@ def test_eight_bit_resumes_bit_for_bit(tmp_path, stop):
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("eight_bit", [False, True])
-def test_another_optimiser_begins_anew_and_says_so(tmp_path, eight_bit):
+def test_another_optimizer_begins_anew_and_says_so(tmp_path, eight_bit):
     run(toy_settings(4, 0, eight_bit=not eight_bit), folder=tmp_path)
     records = run(toy_settings(8, 0, eight_bit=eight_bit), folder=tmp_path)
-    assert records[-1].step == 8 and "optimiser begun anew" in records[0].message
+    assert records[-1].step == 8 and "optimizer begun anew" in records[0].message
 
 
 def test_own_samples_of_another_negative_are_drawn_anew(tmp_path):
