@@ -21,32 +21,11 @@ from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures(
+    "one_thread", "own_output", "as_comfyui_runs_nodes", "no_training_left"
+)
 
 CAPTIONS = ["red apple", "sun with face", "octopus", "purple heart"]
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy, tmp_path, monkeypatch):
-    import comfy.model_management
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(before)
-    gc.collect()
-    comfy.model_management.unload_all_models()
-    assert not comfy.model_management.in_training
-
-
-@pytest.fixture
-def model(comfy):
-    from comfyui_deltaconv.nodes.host.demo_model import load_demo_model
-
-    return load_demo_model()
 
 
 def conditioning(text):

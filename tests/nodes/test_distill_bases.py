@@ -1,6 +1,5 @@
 """Distillation of every kind of base: PixArt, and weights stored in 16 and 8 bits."""
 
-import gc
 import inspect
 import json
 import math
@@ -15,33 +14,11 @@ from comfyui_deltaconv.deltaconv.distillation import (
     distill,
 )
 from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
+from host_models import SMALL_PIXART
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("one_thread", "as_comfyui_runs_nodes")
 
-PIXART = {
-    "image_model": "pixart_sigma",
-    "depth": 2,
-    "hidden_size": 48,
-    "num_heads": 4,
-    "input_size": 8,
-    "micro_condition": False,
-    "caption_channels": 32,
-    "model_max_length": 8,
-    "pe_interpolation": 1,
-}
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy):
-    import comfy.model_management
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(before)
-    gc.collect()
-    comfy.model_management.unload_all_models()
+PIXART = {**SMALL_PIXART, "depth": 2, "input_size": 8}
 
 
 @pytest.fixture

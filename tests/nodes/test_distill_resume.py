@@ -1,6 +1,5 @@
 """Going on with a distillation: what is drawn again, and what the node says where it stopped."""
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,9 @@ from comfyui_deltaconv.deltaconv.distillation.checkpoint import saved_seed, save
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures(
+    "one_thread", "own_output", "as_comfyui_runs_nodes", "no_training_left"
+)
 
 DEFAULTS = {
     "kernels": "by size",
@@ -34,29 +35,6 @@ DEFAULTS = {
 
 # In place of own samples, where the test is of something else.
 GIVEN = {"prompts": "octopus", "latents": {"samples": torch.zeros(1, 3, 16, 16)}}
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes(comfy, tmp_path, monkeypatch):
-    import comfy.model_management
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(before)
-    gc.collect()
-    comfy.model_management.unload_all_models()
-    assert not comfy.model_management.in_training
-
-
-@pytest.fixture
-def model(comfy):
-    from comfyui_deltaconv.nodes.host.demo_model import load_demo_model
-
-    return load_demo_model()
 
 
 @pytest.fixture

@@ -28,14 +28,6 @@ LONG = pytest.param(10_000, marks=pytest.mark.long)
 ODD = [None, True, -1, 0, 2, 1.5, 10**30, float("nan"), float("inf"), "", "x" * 500, [], {}, [[]]]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def mutated(value, rng, depth=0):
     """`value` with one part of it replaced, removed, renamed or added."""
     if isinstance(value, dict) and value and (depth == 0 or rng.random() < 0.7):

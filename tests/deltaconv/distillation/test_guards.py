@@ -14,14 +14,6 @@ from comfyui_deltaconv.deltaconv.distillation.own_samples import own_samples
 PLAN, ToyTeacher, toy_data, toy_settings = toy.PLAN, toy.ToyTeacher, toy.toy_data, toy.toy_settings
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(settings=None, teacher=None, **options):
     settings = settings or toy_settings()
     return list(distill(teacher or ToyTeacher(), PLAN, toy_data(), settings, **options))

@@ -34,14 +34,6 @@ PLAN, ToyTeacher, toy_data, toy_settings = toy.PLAN, toy.ToyTeacher, toy.toy_dat
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def student_of(settings, teacher):
     torch.manual_seed(3)
     return Student(new_blocks(read_plan(PLAN, teacher.dims), teacher.dims, "scaled"), settings, CPU)
