@@ -21,6 +21,18 @@ REAL["sdxl-refiner"] = (
         "adm_in_channels": 2560,
     },
 )
+# What makes each of those small enough to run in a test.
+SMALL = {
+    "sd1": {"model_channels": 32, "context_dim": 48},
+    "sdxl": {
+        "model_channels": 32,
+        "context_dim": 48,
+        "transformer_depth": [0, 0, 1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    },
+    "pixart": {"depth": 2, "hidden_size": 32, "num_heads": 2},
+}
 SMALL_PIXART = {
     "image_model": "pixart_sigma",
     "depth": 3,
