@@ -1,4 +1,4 @@
-"""ΔConv weights onto a MODEL."""
+"""Apply ΔConv weights to a MODEL."""
 
 from comfy_api.latest import io
 

@@ -16,7 +16,7 @@ LOSSES = {"ours": "default", "published": "paper", "authors' code (SD1.5)": "cod
 
 
 class DeltaConvDistill(io.ComfyNode):
-    """MODEL → DELTACONV, LOSS_MAP and a report; saves as it goes, and goes on where it stopped."""
+    """MODEL → DELTACONV, LOSS_MAP and a report; saves while it runs, and resumes."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -77,7 +77,7 @@ class DeltaConvDistill(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**63 - 1,
-                    # Another one at every run would go on under other settings.
+                    # A new seed at every run would resume under other settings.
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Of the training. Own samples have one of their own: going on under "
                     "another seed draws none anew.",

@@ -1,4 +1,4 @@
-"""What ComfyUI is given: the list of nodes, and the folders they read and write."""
+"""The extension that ComfyUI loads: the list of nodes, and their folders."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -16,7 +16,7 @@ from .selftest import DeltaConvSelfTest
 
 
 class DeltaConvExtension(ComfyExtension):
-    """What ComfyUI asks for when it loads the pack."""
+    """ComfyUI's entry into the pack."""
 
     async def on_load(self) -> None:
         register_folders()

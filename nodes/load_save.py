@@ -1,4 +1,4 @@
-"""ΔConv weights from a file, and to one."""
+"""Load ΔConv weights from a file, and save them to one."""
 
 import os
 
@@ -36,7 +36,7 @@ class DeltaConvLoad(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = "") -> bool | str:
-        # A linked name is not known yet.
+        # The name comes over a link and is not known yet.
         if file is None:
             return True
         try:

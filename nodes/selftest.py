@@ -1,4 +1,4 @@
-"""The kernels against their definition, on the device that ComfyUI computes on."""
+"""Compare the kernels with their definition on ComfyUI's device."""
 
 import comfy.model_management
 import comfy.utils
@@ -37,7 +37,7 @@ class DeltaConvSelfTest(io.ComfyNode):
 
     @classmethod
     def execute(cls, seconds: float = 30.0) -> io.NodeOutput:
-        # Imported here: importing the pack stays quick.
+        # Import here: importing the pack stays quick.
         from ..kernels.device import device_name
         from ..kernels.selftest import report, self_test
 

@@ -4,9 +4,9 @@ from comfy_api.latest import io
 
 # Carries a `deltaconv.DeltaConvWeights`.
 DeltaConv = io.Custom("DELTACONV")
-# Carries a `deltaconv.locality_report.LocalityReport`.
+# Carries a `deltaconv.locality.report.LocalityReport`.
 Locality = io.Custom("DELTACONV_LOCALITY")
-# Carries a `deltaconv.recipe.Recipe`.
+# Carries a `deltaconv.locality.recipe.Recipe`.
 Recipe = io.Custom("DELTACONV_RECIPE")
 # Core's: {"loss": [one per step]}.
 LossMap = io.Custom("LOSS_MAP")

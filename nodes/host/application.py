@@ -1,4 +1,4 @@
-"""What the patched sites of one application share: when they act, and what was said already."""
+"""One application of blocks to a model: when they act, which way runs, what was logged."""
 
 import logging
 import operator
@@ -20,19 +20,19 @@ from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
 
 log = logging.getLogger(__name__)
 
-# Measured once a process: every application of every model draws on the same.
+# Times are measured once per process and shared by all applications.
 _CHOICES = Choices()
 
 
 @dataclass
 class Application:
-    """What all patched sites of one application share: when they act, and what was said already."""
+    """State that all patched sites of one application share."""
 
     model_sites: ModelSites
     replaced: tuple[str, ...]
     # Fractions of sampling between which the blocks act; None: always.
     percent_range: tuple[float, float] | None = None
-    # Whether attention stays where it is the faster of the two on this device.
+    # Keep attention where it is the faster of the two on this device.
     where_faster: bool = False
     # Site path and shape [B, H, W] → what was chosen for it, in the order first met.
     chosen: dict[tuple[str, tuple[int, int, int]], Choice] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Application:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Plain attention runs meanwhile in this thread, over the same loaded model."""
+        """Context: plain attention runs in this thread, on the same loaded model."""
         before = self.acts
         self._run.acts = False
         try:
@@ -61,7 +61,7 @@ class Application:
             log.warning(message)
 
     def replacing(self, site: Site, block: ReferenceType[DeltaConvBlock]) -> OnMap:
-        """What stands in for attention at `site`: the block where it acts, plain attention else.
+        """A handler of calls of `site`: its block where blocks act, else plain attention.
 
         Where another node tiles, merges or exchanges tokens, or brings keys and values of its own,
         the block has no map to work on; one warning says so. The block is held weakly: a forward
@@ -93,7 +93,7 @@ class Application:
 
         if not self.where_faster:
             return convolve()
-        # `index` makes numbers again of what a compiler left open: every size has its own choice.
+        # Make symbolic sizes of a compiler concrete: every size has its own choice.
         batch, *size = map(operator.index, (x.shape[0], *size))
         size = tuple(size)
         numbers = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
@@ -107,7 +107,7 @@ class Application:
 
     @torch.compiler.assume_constant_result
     def takes_compiled_block(self, path: str, layer: Hashable, batch: int, size: Size) -> bool:
-        """What was chosen before a compiler traces one way; timing that would time the tracing."""
+        """The choice made before compiling: timing within a trace would time the tracing."""
         choice = _CHOICES.made.get((layer, size))
         if choice is None:
             self.say_once(
@@ -121,7 +121,7 @@ class Application:
         return choice.takes_block
 
     def after_sampling(self, _: ModelPatcher) -> None:
-        """ON_CLEANUP callback: say once what was chosen for every shape."""
+        """ON_CLEANUP callback: log once what was chosen for every shape."""
         sentences = choices_report(self.chosen)
         if judged := sum(not choice.measured for choice in self.chosen.values()):
             sentences.append(
@@ -134,7 +134,7 @@ class Application:
                 log.info("ΔConv: %s", sentence)
 
     def around_model_call(self, executor, x, t, *args, **kwargs):
-        """APPLY_MODEL wrapper: note whether this sigma lies within the range, PixArt too."""
+        """APPLY_MODEL wrapper, which PixArt calls too: note whether this sigma is in the range."""
         sampling = executor.class_obj.model_sampling
         start, end = (sampling.percent_to_sigma(percent) for percent in self.percent_range)
         before = self.acts
@@ -145,7 +145,7 @@ class Application:
             self._run.acts = before
 
     def around_sampling(self, executor, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: hooks of the conditioning may bring patches for this run alone."""
+        """OUTER_SAMPLE wrapper: log what has no effect, with the patches that hooks bring."""
         guider = executor.class_obj
         hooks = guider.model_options.get("registered_hooks")
         own = hooks.get_type(EnumHookType.TransformerOptions) if hooks else []
@@ -155,11 +155,11 @@ class Application:
         return executor(*args, **kwargs)
 
     def before_sampling(self, patcher: ModelPatcher) -> None:
-        """ON_PRE_RUN callback: other nodes may have come after the blocks were applied."""
+        """ON_PRE_RUN callback: log what has no effect of the nodes after Apply ΔConv."""
         self.say_inert(patcher)
 
     def say_inert(self, patcher: ModelPatcher, options: Sequence[Mapping] = ()) -> None:
-        """Say each kind of what has no effect on replaced layers once."""
+        """Log once per kind what has no effect on replaced layers."""
         for kind, sentence in inert_parts(
             patcher, self.model_sites, self.replaced, options
         ).items():

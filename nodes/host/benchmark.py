@@ -1,4 +1,4 @@
-"""One benchmark: steps of a MODEL at several sizes through ComfyUI's own sampling, both ways."""
+"""Time steps of a MODEL at several sizes in ComfyUI's own sampling, with attention and blocks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ from .application import Application
 from .patch import attach, compute_dtype, load_blocks, site_calls
 from .sites import find_sites
 
-# Where in sampling the timed step stands; the time is the same everywhere.
+# The step that is timed; every step takes the same time.
 _PERCENT = 0.5
-# CLIP-G's, which SDXL reads beside the text.
+# Channels of CLIP-G's pooled output, which SDXL reads.
 _POOLED = 1280
 
 
@@ -44,10 +44,10 @@ def benchmark(
     repeats: int,
     seconds: float,
 ) -> tuple[str, list[SizeTimes]]:
-    """Time steps of `model` with attention and with ΔConvBlocks → what was timed on, the times.
+    """Time steps with attention and with ΔConvBlocks → a heading that names the device, the times.
 
-    `sizes` are (width, height) in pixels; none: the family's usual size and twice that. The MODEL
-    is left as it was found: unpatched, and loaded or not.
+    `sizes` are (width, height) in pixels; without any: the family's usual size and twice that. The
+    MODEL is left as it was found, loaded or not.
     """
     model_sites = find_sites(model)
     check_fit(weights, model_sites.dims, model_sites.family)
@@ -62,7 +62,7 @@ def benchmark(
     blocks = load_blocks(weights, application.replaced, weights.gate, dtype)
     patched = attach(model, blocks, application)
     tokens, channels = model_sites.text_shape(model.model.diffusion_model)
-    # Nothing takes another time for what the prompt says.
+    # Random: the prompt's contents do not change the time.
     prompt = [[torch.randn(1, tokens, channels), {"pooled_output": torch.randn(1, _POOLED)}]]
     bar = comfy.utils.ProgressBar(len(sizes) * 100)
     results = []
@@ -90,7 +90,7 @@ def _at_size(guider, steps: "Steps", shape: tuple[int, ...]) -> SizeTimes:
         noise = torch.randn(shape)
         guider.sample(noise, torch.zeros(shape), steps, torch.tensor([float(sigma)]), seed=0)
     except (RuntimeError, MemoryError) as error:
-        # Already the weights and the input were too much.
+        # Weights and input alone did not fit.
         if not is_out_of_memory(error):
             raise
         left = set(CONTENDERS) - set(steps.result.times)
@@ -112,7 +112,7 @@ def _heading(patched, blocks, application, batch: int, dtype: torch.dtype) -> st
 
 @dataclass
 class Steps(comfy.samplers.Sampler):
-    """Stands where a sampler would: ComfyUI has loaded the model and prepared the conditioning."""
+    """Takes the sampler's place, after ComfyUI has loaded the model and the conditioning."""
 
     patched: ModelPatcher
     application: Application
@@ -155,7 +155,7 @@ class Steps(comfy.samplers.Sampler):
 
         calls = {}
         for part, call in (("step", step), ("layers", layers)):
-            # The one model plays both parts, so that they can take turns.
+            # One model runs both ways, so that they can be interleaved.
             calls[Contender(part, WAYS[0])] = resting(call)
             calls[Contender(part, WAYS[1])] = call
         measure(self.result, calls, x.device, self.repeats, self.seconds, self.progress)
@@ -164,7 +164,7 @@ class Steps(comfy.samplers.Sampler):
 
 @contextmanager
 def left_as_found(model: ModelPatcher, blocks: ModelPatcher) -> Iterator[None]:
-    """Whatever is loaded in between: the clone of `model` that was loaded is again, or none is."""
+    """Context: at its end the clone of `model` that was loaded before is loaded again, or none."""
     management = comfy.model_management
 
     def loaded_clones(patcher: ModelPatcher) -> list[ModelPatcher]:
@@ -174,7 +174,7 @@ def left_as_found(model: ModelPatcher, blocks: ModelPatcher) -> Iterator[None]:
     def unload(models: list[ModelPatcher]) -> None:
         kept = [entry for entry in management.current_loaded_models if entry.model not in models]
         for device in {found.load_device for found in models}:
-            # More than there is, so that they go as a whole.
+            # Ask for more than there is, so that all are unloaded.
             management.free_memory(1e30, device, keep_loaded=kept)
 
     before = loaded_clones(model)

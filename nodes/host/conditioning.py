@@ -1,4 +1,4 @@
-"""LATENTs and CONDITIONINGs in core's training conventions → a data set of the core."""
+"""LATENTs and CONDITIONINGs, as ComfyUI's trainers take them, for a distillation's data set."""
 
 import hashlib
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ def latents_of(teacher: ComfyTeacher, latents: Sequence[dict]) -> list[torch.Ten
 
 
 def conditions_of(positive: Sequence) -> list[tuple[torch.Tensor, dict]]:
-    """CONDITIONING list → its entries, one per caption, with tensors of their own."""
+    """CONDITIONING list → its entries, one per caption, with cloned tensors."""
     entries = [entry for conditioning in positive for entry in conditioning]
-    # Tensors of inference mode cannot take part in a backward pass.
+    # Clone: tensors made in inference mode cannot take part in a backward pass.
     return [
         (
             entry[0].clone(),
@@ -43,7 +43,7 @@ def conditions_of(positive: Sequence) -> list[tuple[torch.Tensor, dict]]:
 
 
 def digest_of(entry: tuple[torch.Tensor, dict]) -> str:
-    """A name for one entry by its tensors, pooled ones included, equal for equal contents."""
+    """Digest of one entry's tensors, pooled ones included; equal contents have equal digests."""
     digest = hashlib.sha256()
     for name, value in [("", entry[0]), *sorted(entry[1].items(), key=lambda item: item[0])]:
         digest.update(name.encode())
@@ -56,7 +56,7 @@ def digest_of(entry: tuple[torch.Tensor, dict]) -> str:
 
 
 def encode_prompts(teacher: ComfyTeacher, prompts: Sequence[str], clip) -> list:
-    """Prompts → entries, by CLIP; the demo model has an encoder of its own."""
+    """Prompts → entries, by CLIP or, for the demo model, by its packaged encoder."""
     if clip is not None:
         with torch.inference_mode():
             encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in prompts]

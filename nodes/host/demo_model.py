@@ -1,4 +1,4 @@
-"""The packaged demo teacher as a real ComfyUI MODEL."""
+"""The packaged demo teacher as a ComfyUI MODEL."""
 
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ _PREFIX = "model.diffusion_model."
 
 
 class EmojiDemo(comfy.supported_models_base.BASE):
-    """Model configuration: stock loaders match only sizes they know, so this one is our own."""
+    """Model configuration of the demo, which ComfyUI's detection does not know."""
 
     unet_extra_config: ClassVar[dict] = {}
     # Pixels are the latent: three channels, scale 1.
@@ -23,7 +23,7 @@ class EmojiDemo(comfy.supported_models_base.BASE):
 
 
 def load_demo_model(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The teacher in a ModelPatcher, in the dtype that ComfyUI picks for this machine."""
+    """The teacher's MODEL, in the dtype that ComfyUI picks for this machine."""
     state = comfy.utils.load_torch_file(str(demo.TEACHER_PATH), safe_load=True)
     config = EmojiDemo(demo.unet_config())
     load_device = comfy.model_management.get_torch_device()

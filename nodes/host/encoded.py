@@ -1,15 +1,15 @@
-"""CONDITIONING entries as what the model's forward takes, joined into batches where they fit."""
+"""CONDITIONING entries as arguments of the model's forward, batched where shapes agree."""
 
 from collections.abc import Sequence
 
 import torch
 
-# Entries kept encoded; more than any batch, less than a data set of long captions costs.
+# Most entries cached: more than any batch, less than a data set of long captions.
 _KEPT = 4096
 
 
 class EncodedConditions:
-    """Remembers what each entry [tensor, options] became for a size of latent."""
+    """Caches the arguments made of each entry [tensor, options] for one latent size."""
 
     def __init__(self, patcher, device: torch.device):
         self.patcher, self.device = patcher, device
@@ -20,9 +20,9 @@ class EncodedConditions:
         self._encoded.clear()
 
     def batches(self, entries: Sequence, x: torch.Tensor) -> list[tuple[list[int], dict]]:
-        """One entry per row of x [B, C, H, W] → (rows, keyword arguments) of every forward needed.
+        """One entry per row of x [B, C, H, W] → (rows, keyword arguments) of each forward.
 
-        Captions of several lengths may not fit into one forward: ComfyUI runs those apart too.
+        Captions of different lengths may need several forwards, as in ComfyUI's own sampling.
         """
         groups: list[tuple[list[int], list[dict]]] = []
         for row, entry in enumerate(entries):
@@ -49,7 +49,7 @@ class EncodedConditions:
                 name: cond.process_cond(batch_size=1, device=self.device, area=None)
                 for name, cond in conds.items()
             }
-            # The entry is kept beside its key: an id is only unique while its object lives.
+            # Keep the entry beside its key: an id is unique only while its object lives.
             self._encoded[key] = (entry, conds)
         return self._encoded[key][1]
 

@@ -1,4 +1,4 @@
-"""Where ΔConv files are looked for and written."""
+"""Folders of ΔConv files: where they are read from and written to."""
 
 import logging
 import os
@@ -10,23 +10,23 @@ import folder_paths
 FOLDER = "deltaconv"
 # The Hugging Face repository of the method's authors.
 PUBLISHED = "7eu7d7/ConvFusion"
-# Offered where there is no file: an empty list shows as "undefined", and nothing is sent for it.
+# Shown if there is no file: the page shows an empty list as "undefined" and sends nothing.
 NO_FILE = "none: put one into models/deltaconv"
 # Below output/deltaconv/distillation, beside the folders of states.
 SAMPLES = "samples"
-# What a distillation keeps, by the last two parts of its name.
+# Files of a distillation, by the last two parts of their names.
 _KEPT = re.compile(rf"distillation[/\\](.+[/\\]state-\d+|{SAMPLES}[/\\]samples-.+)\.safetensors")
 
 
 def register_folders() -> None:
-    """Make `models/deltaconv` and `output/deltaconv` known, behind what extra_model_paths named.
+    """Register `models/deltaconv` and `output/deltaconv` after the folders of extra_model_paths.
 
-    The first is created, for a person to find; an installation that is read-only goes without.
+    Creates the first, so that users find it, unless the installation is read-only.
     """
     models = os.path.join(folder_paths.models_dir, FOLDER)
     folder_paths.add_model_folder_path(FOLDER, models)
     folder_paths.add_model_folder_path(FOLDER, output_folder())
-    # An empty set of extensions would list every file there is.
+    # An empty set of extensions would list every file.
     folder_paths.folder_names_and_paths[FOLDER][1].clear()
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
     try:
@@ -41,12 +41,12 @@ def output_folder() -> str:
 
 
 def list_files() -> list[str]:
-    """Names of all ΔConv files in the registered folders, without what distillations keep there."""
+    """Names of all ΔConv files in the registered folders, without states and samples."""
     return [name for name in folder_paths.get_filename_list(FOLDER) if not _KEPT.fullmatch(name)]
 
 
 def offered_files() -> list[str]:
-    """What a node offers for choice: the files, or where to put one while there is none."""
+    """Options of a node: the files, or a sentence on where to put one if there is none."""
     return list_files() or [NO_FILE]
 
 

@@ -1,4 +1,4 @@
-"""What other nodes did to replaced layers: without effect there, or in the blocks' way."""
+"""Find what other nodes did to replaced layers: without effect there, or in the blocks' way."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +18,9 @@ def inert_parts(
     replaced: Sequence[str],
     transformer_options: Sequence[Mapping] = (),
 ) -> dict[str, str]:
-    """Kind → sentence, for all that is known of this patcher.
+    """Kind → sentence, for everything this patcher shows.
 
-    `transformer_options` are those that one sampling adds to the patcher's own, as hooks do.
+    `transformer_options` are what one sampling adds to the patcher's own, as hooks do.
     """
     sites = [model_sites.sites[path] for path in replaced]
     inside = tuple(site.weight_prefix for site in sites)
@@ -44,7 +44,7 @@ def inert_parts(
 
 
 def _weight_patches(patcher: ModelPatcher) -> Iterator[tuple[str, str]]:
-    """Name of a weight or its module, and what kind of patch is on it, for every patch."""
+    """(name of the weight or its module, kind of patch) for every patch."""
     for name, patches in patcher.patches.items():
         for patch in patches:
             yield name, _kind(patch[1])
@@ -59,35 +59,35 @@ def _weight_patches(patcher: ModelPatcher) -> Iterator[tuple[str, str]]:
 
 
 def _kind(patch: object) -> str:
-    """What made a weight patch, where its form in ComfyUI shows it."""
+    """Which kind of node made a weight patch, judged by its form."""
     if isinstance(patch, WeightAdapterBase):
         return "LoRA patches"
-    # A merge gives the other model's weight with the patches that lie on it.
+    # A merge holds the other model's weight and the patches on it.
     if isinstance(patch, list):
         return "patches of a model merge"
-    # Nothing is added to the weight: its strength alone changes.
+    # No weight is added, only the strength changes.
     if isinstance(patch, tuple) and len(patch) == 1 and patch[0] is None:
         return "multiplications of weights"
     return "weight patches"
 
 
 def _bypassed(inject: Callable) -> Iterator[str]:
-    """Names of the modules that ComfyUI's bypass LoRA wraps: its injection has them enclosed."""
+    """Names of the modules that ComfyUI's bypass LoRA wraps, from its injection's closure."""
     for cell in getattr(inject, "__closure__", None) or ():
-        # A cell may be empty still.
+        # ValueError: the cell is still empty.
         with suppress(ValueError):
             if isinstance(cell.cell_contents, BypassInjectionManager):
                 yield from cell.cell_contents.adapters
 
 
 def _covered(patcher: ModelPatcher, forwards: set[str]) -> int:
-    """How many of our forwards are not what will be called at their paths."""
+    """How many of our forwards are covered: another object is called at their paths."""
     view = PatchedView(patcher, patcher.object_patches)
     count = 0
     for path in forwards:
         try:
             count += not hasattr(view[path], "deltaconv")
         except AttributeError:
-            # Another node's module has no such layer at all.
+            # Another node's module lacks the layer.
             count += 1
     return count

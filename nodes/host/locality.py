@@ -1,4 +1,4 @@
-"""One locality run: the model called through ComfyUI's own sampling, once per sigma and change."""
+"""One locality run: ComfyUI's own sampling calls the model once per sigma and change."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ def measure_locality(
     try:
         guider.sample(noise, latent, run, schedule, disable_pbar=True, seed=plan.seed)
     finally:
-        # The forwards stay on the model object until the next clone is loaded; let go of the rest.
+        # Free the rest: the forwards stay on the model until the next clone is loaded.
         run.probe.on_site = lambda: None
         run.probe.take()
     points = len(sigmas)
@@ -89,7 +89,7 @@ def measure_locality(
 
 @dataclass
 class LocalityRun(comfy.samplers.Sampler):
-    """Stands where a sampler would: ComfyUI has loaded the model and prepared the conditioning."""
+    """Takes the sampler's place, after ComfyUI has loaded the model and the conditioning."""
 
     probe: Probe
     sigmas: list[float]
@@ -195,7 +195,7 @@ class LocalityRun(comfy.samplers.Sampler):
                 )
 
     def _change(self, predict: Callable, path: str, window: int | None, x, sigma, stock) -> float:
-        """Squared error of ε̂ over its mean square with one site changed; ε̂ ∝ x − denoised."""
+        """Relative squared error of ε̂ ∝ x − denoised with one site changed."""
         self.probe.changed, self.probe.window = path, window
         try:
             changed = predict(x, sigma)
@@ -215,7 +215,7 @@ def _sigmas(model: ModelPatcher, percents) -> dict[float, float]:
     by_sigma: dict[float, float] = {}
     for percent in percents:
         sigma = min(max(float(sampling.percent_to_sigma(percent)), low), high)
-        # Rounded as the sampler will see it.
+        # Round to float32, as the sampler does.
         by_sigma.setdefault(float(torch.tensor(sigma)), percent)
     return by_sigma
 

@@ -1,4 +1,4 @@
-"""Files and message for the interactive view in ComfyUI's page: picture and attention atlases."""
+"""Files and message of the page's interactive view: a picture and attention atlases."""
 
 import os
 

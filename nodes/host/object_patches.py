@@ -1,9 +1,8 @@
-"""Object patches of other nodes on paths above, at or below ours.
+"""Keep the model exact when other nodes patch paths above, at or below ours.
 
-ComfyUI restores object patches in the order in which it put them on. Where one path leads through
-what another patch exchanged, as `…attn1.forward` through an exchanged `…attn1`, that leaves
-forwards on the wrong modules. Only the reverse of that order is exact, so it is what stands in the
-backup of a model that carries patches of ours.
+ComfyUI restores object patches in the order in which it applied them. If one path leads through an
+object that another patch exchanged, as `…attn1.forward` through an exchanged `…attn1`, that order
+leaves forwards on the wrong modules. The reverse order is exact: models with our patches get it.
 """
 
 import itertools
@@ -18,21 +17,21 @@ _KEY = "deltaconv_restoration"
 
 
 class PatchedView:
-    """What paths of a patcher's model lead to with `patches` on it, whatever is loaded now."""
+    """Resolve paths of a patcher's model as if `patches` were applied, whatever is loaded now."""
 
     def __init__(self, patcher: ModelPatcher, patches: Mapping[str, object]):
         self._model = patcher.model
-        # Owners are kept: the identity of a dead one could be given anew.
+        # Keep the owners alive: Python may reuse the id of a dead one.
         self._changed: dict[tuple[int, str], tuple[object, object]] = {}
-        # What stands in the backup comes back, in that order, before anything else is put on.
+        # ComfyUI restores its backup, in that order, before it applies other patches.
         for path, value in [*patcher.object_patches_backup.items(), *patches.items()]:
-            # ComfyUI itself will say that such a path leads nowhere, where it cannot load it.
+            # ComfyUI itself reports a path that leads nowhere when it loads the model.
             with suppress(AttributeError):
                 owner, name = self.place(path)
                 self._changed[id(owner), name] = owner, value
 
     def place(self, path: str) -> tuple[object, str]:
-        """The object that holds the last attribute of `path`, and that attribute's name."""
+        """`path` → the object that has its last attribute, and that attribute's name."""
         *parents, name = path.split(".")
         owner = self._model
         for parent in parents:
@@ -49,9 +48,9 @@ class PatchedView:
 
 
 def stock_forward(patcher: ModelPatcher, path: str) -> object:
-    """The forward at `path` that a patch put there by `patcher` finds, below that patch.
+    """The forward at `path` beneath this patcher's own patch on it.
 
-    Raises ValueError where another node exchanged a module above it for one that has no such layer.
+    Raises ValueError if another node exchanged a module above it for one without such a layer.
     """
     earlier = itertools.takewhile(lambda entry: entry[0] != path, patcher.object_patches.items())
     try:
@@ -65,7 +64,7 @@ def stock_forward(patcher: ModelPatcher, path: str) -> object:
 
 
 def restore_in_reverse(patcher: ModelPatcher) -> None:
-    """Have the object patches of this patcher and its clones restored last first."""
+    """Restore the object patches of this patcher and its clones in reverse order."""
     patcher.set_injections(_KEY, [PatcherInjection(_reverse_backup, _leave)])
     patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, _KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _KEY, _clear_failed_load)
@@ -78,26 +77,26 @@ def restore_in_order(patcher: ModelPatcher) -> None:
 
 
 def _reverse_backup(patcher: ModelPatcher) -> None:
-    """Injection, run once all object patches are on: what was put on last is to come off first."""
+    """Injection, runs after all object patches are applied: reverse ComfyUI's backup."""
     backup, patches = patcher.object_patches_backup, patcher.object_patches
     put_on = [path for path in patches if path in backup]
-    # Injections are taken out and in again while a model is loaded: reverse once.
+    # Reverse only once: ComfyUI ejects and injects again while a model is loaded.
     if len(put_on) < 2 or [path for path in backup if path in patches] != put_on:
         return
-    # A clone of an injected patcher counts as injected, though the model carries other patches.
+    # Check the model itself: a clone of an injected patcher counts as injected.
     if comfy.utils.get_attr(patcher.model, put_on[-1]) is patches[put_on[-1]]:
         for path in reversed(list(backup)):
             backup[path] = backup.pop(path)
 
 
 def _leave(_: ModelPatcher) -> None:
-    """Nothing of the injection is on the model itself."""
+    """Ejection: nothing to undo on the model itself."""
 
 
 def _clear_failed_load(patcher: ModelPatcher, unpatched: bool) -> None:
-    """ON_DETACH callback: forwards that stand on a wrong module after loading weights failed.
+    """ON_DETACH callback: remove forwards left on a wrong module when loading weights failed.
 
-    ComfyUI then restores what it put on before any injection has run.
+    ComfyUI restores before any injection has run in that case.
     """
     if not unpatched:
         return

@@ -1,4 +1,4 @@
-"""The operations blocks are built from: ComfyUI's casting ones, which also lend their weights."""
+"""Operations for blocks: ComfyUI's casting ones, whose Linears also lend their weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,32 +10,32 @@ Weights = tuple[torch.Tensor, ...]
 
 
 class LendingCast(comfy.ops.manual_cast):
-    """`comfy.ops.manual_cast`, whose Linears a fused op may use without calling them."""
+    """`comfy.ops.manual_cast` with Linears whose weights a fused op may use directly."""
 
     @staticmethod
     def lend(
         linears: Sequence[torch.nn.Module], like: torch.Tensor
     ) -> AbstractContextManager[Weights | None]:
-        """A context that gives weight, bias, weight, bias … in `like`'s dtype, on its device.
+        """Context: weight, bias, weight, bias … in `like`'s dtype on its device, or None.
 
-        It gives None, which means: call the modules, where a call would do more than multiply and
-        add, as with a hook, somebody else's forward, no bias or a quantized weight. Functions on
-        the weights, as of a LoRA that ComfyUI did not merge, are applied.
+        None means that the modules must be called: a hook, another forward, a missing bias or a
+        quantized weight does more than multiply and add. Functions on the weights, as of a LoRA
+        that ComfyUI did not merge, are applied.
         """
         dtype, device = like.dtype, like.device
         tensors, ready = [], True
         for linear in linears:
-            # Dictionaries, because this runs before every launch and Module's own lookup of a
-            # parameter, or of what is missing, takes ten times as long.
+            # Read the dictionaries: this runs before every launch, and Module's own lookup takes
+            # ten times as long.
             own, parameters = linear.__dict__, linear._parameters
             weight, bias = parameters.get("weight"), parameters.get("bias")
             plain = type(linear) is comfy.ops.manual_cast.Linear and "forward" not in own
-            # A quantized weight says that it is a Parameter too, but is of a type of its own.
+            # Compare types: a quantized weight also passes isinstance.
             plain = plain and type(weight) is type(bias) is torch.nn.Parameter
             if not plain or linear._forward_hooks or linear._forward_pre_hooks:
                 return _Ready(None)
             tensors += (weight, bias)
-            # `_v` is a place in dynamic VRAM: what runs lies there, not in the module.
+            # `_v` is a place in dynamic VRAM; the weights that run are there, not in the module.
             if "_v" in own or linear.weight_function or linear.bias_function:
                 ready = False
             elif weight.dtype != dtype or bias.dtype != dtype:
@@ -46,7 +46,7 @@ class LendingCast(comfy.ops.manual_cast):
 
 
 class _Ready:
-    """A context with nothing to do; a generator in its place would cost more than the rest."""
+    """A context that does nothing; a generator would cost more than the rest of the call."""
 
     __slots__ = ("weights",)
 
@@ -62,7 +62,7 @@ class _Ready:
 
 @contextmanager
 def _cast(linears: Sequence[torch.nn.Module], like: torch.Tensor) -> Iterator[Weights]:
-    """Weights as ComfyUI casts and moves them for a call, given back when the context ends."""
+    """Context: weights cast and moved as ComfyUI does for a call, released at its end."""
     tensors, borrowed = [], []
     try:
         for linear in linears:
@@ -71,7 +71,7 @@ def _cast(linears: Sequence[torch.nn.Module], like: torch.Tensor) -> Iterator[We
             if stream is None:
                 borrowed.append((linear, cast))
             else:
-                # What came over a stream lies in its one buffer, which the next may overwrite.
+                # Copy: the next transfer over the stream may overwrite its single buffer.
                 try:
                     weight, bias = weight.clone(), bias.clone()
                 finally:

@@ -1,4 +1,4 @@
-"""Putting ΔConvBlocks in place of self-attention: object patches on a clone, nothing else.
+"""Put ΔConvBlocks in place of self-attention: object patches on a clone, nothing else.
 
 Only the forward of each site is replaced, through the patcher, so that unpatching restores the
 model bit for bit. The blocks live in a ModelPatcher of their own, attached to the clone, so that
@@ -22,7 +22,7 @@ from .ops import LendingCast
 
 KEY = "deltaconv"
 
-# A clone for several GPUs gets blocks of its own only after the clone itself; 0.18.2 has none.
+# Clones for several GPUs get their blocks only after ON_CLONE; 0.18.2 has no such event.
 _CLONE_EVENTS = [
     getattr(CallbacksMP, event)
     for event in ("ON_CLONE", "ON_DEEPCLONE_MULTIGPU")
@@ -44,7 +44,7 @@ class DeltaConvBlocks(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Binding:
-    """What a patched forward was bound to: a clone over anything else needs another."""
+    """What a patched forward is bound to; a clone with another model or blocks needs its own."""
 
     model: ReferenceType[torch.nn.Module]
     blocks: ReferenceType[DeltaConvBlocks]
@@ -79,12 +79,12 @@ def load_blocks(weights: DeltaConvWeights, sites: Iterable[str], gate: str | Non
 
 
 def _load_blocks_again(weights, sites, gate, dtype, disable_dynamic=False):
-    """Fresh blocks for a device or a clone that cannot share the first ones."""
+    """New blocks, for a device or a clone that cannot share the first ones."""
     return load_blocks(weights, sites, gate, dtype)
 
 
 def compute_dtype(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
-    """The dtype that the model's activations have, whatever its weights are stored in."""
+    """dtype of the model's activations, whatever its weights are stored in."""
     return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
@@ -93,7 +93,7 @@ def attach(
     blocks: comfy.model_patcher.ModelPatcher,
     application: Application,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of `model` whose sites run `blocks`; an earlier application is taken off first."""
+    """A clone of `model` whose sites run `blocks`, in place of any earlier application."""
     patched = detach(model)
     patched.set_additional_models(KEY, [blocks])
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, application.before_sampling)
@@ -116,7 +116,7 @@ def choose_ways(
     batch: int,
     latent_size: tuple[int, int],
 ) -> None:
-    """Run every patched site once on noise, so that it is known which way is faster there."""
+    """Run every patched site once on noise, which times both ways and chooses the faster."""
     models = [patched, *patched.get_nested_additional_models()]
     comfy.model_management.load_models_gpu(models)
     for call in site_calls(patched, application, batch, latent_size):
@@ -130,7 +130,7 @@ def site_calls(
     batch: int,
     latent_size: tuple[int, int],
 ) -> list[Callable[[], torch.Tensor]]:
-    """A call of every patched site alone, on noise of the size it meets at that latent."""
+    """Calls of each patched site alone, on noise of the size that it has for that latent."""
     dtype, device = compute_dtype(patched), patched.load_device
     options = patched.model_options.get("transformer_options", {})
     maps: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -159,7 +159,7 @@ def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Model
     for name, forward in list(clone.object_patches.items()):
         if binding := getattr(forward, "deltaconv", None):
             if binding.chained:
-                # In its place: what another node put on later may lie over it.
+                # Keep its place in the order: another node's later patch may lie over it.
                 clone.object_patches[name] = binding.original
             else:
                 del clone.object_patches[name]
@@ -174,7 +174,7 @@ def is_patched(model: comfy.model_patcher.ModelPatcher) -> bool:
 def _bind(
     patcher: comfy.model_patcher.ModelPatcher, application: Application, sites: Iterable[str]
 ) -> None:
-    """Object patches for these sites, over the forwards of this patcher's own model object."""
+    """Patch these sites over the forwards of this patcher's own model object."""
     blocks = patcher.get_additional_models_with_key(KEY)[0].model
     for path in sites:
         site = application.model_sites.sites[path]
@@ -186,20 +186,20 @@ def _bind(
 
 
 def _rebind(application: Application, _, clone: comfy.model_patcher.ModelPatcher) -> None:
-    """Clone callback: forwards over another model object, or over other blocks, are made anew."""
+    """Clone callback: bind again the forwards of another model object or of other blocks."""
     blocks = clone.get_additional_models_with_key(KEY)[0].model
     stale = []
     for path in application.replaced:
         forward = clone.object_patches.get(application.model_sites.sites[path].forward_key)
         binding = getattr(forward, "deltaconv", None)
-        # A forward that somebody put on top of ours is theirs to rebind.
+        # Another node wrapped our forward; rebinding is its responsibility.
         if binding and (binding.model() is not clone.model or binding.blocks() is not blocks):
             stale.append(path)
     _bind(clone, application, stale)
 
 
 def original_forward(patcher: comfy.model_patcher.ModelPatcher, key: str):
-    """The forward `key` names under ours, and whether another node's object patch put it there."""
+    """The forward at `key` beneath ours, and whether it is another node's object patch."""
     forward = patcher.object_patches.get(key)
     if binding := getattr(forward, "deltaconv", None):
         forward = binding.original if binding.chained else None

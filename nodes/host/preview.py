@@ -1,4 +1,4 @@
-"""The display of a running distillation: progress with time left, samples, the loss curve."""
+"""Live display of a distillation: progress with time left, samples, the loss curve."""
 
 import logging
 import time
@@ -38,7 +38,7 @@ class LivePreview:
         self.total = 1 + settings.layers.steps + settings.joint.steps
         self.bar = comfy.utils.ProgressBar(self.total)
         self.began: tuple[float, int] | None = None
-        # The teacher's, drawn once.
+        # The teacher's samples, drawn once.
         self.pictures: list = []
         self.said = 0.0
 
@@ -49,14 +49,14 @@ class LivePreview:
         self._say(self.at)
 
     def initialized(self, share: float) -> None:
-        """A share of the initialization is done; raises where the user interrupted the queue."""
+        """Show the share of the initialization done; raises if the queue was interrupted."""
         self.at = f"initialisation {share:.0%}"
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._move(round(100 * share), 100)
         self._say(self.at)
 
     def show(self, record: Record) -> None:
-        """Move the bar; every `every` steps draw the student's current samples."""
+        """Advance the bar; draw the student's samples every `every` steps."""
         done = 1 + record.step if record.stage == "layers" else record.step
         if record.stage == "joint":
             done += 1 + self.settings.layers.steps
@@ -78,7 +78,7 @@ class LivePreview:
         interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
         how = "interrupted" if interrupted else "failed"
         if not self.at:
-            # A state in the folder may be another distillation's.
+            # A state in the folder may belong to another distillation.
             show_on_node(f"{how} before it began, folder {self.folder}")
         elif saved is None:
             kept = "; the own samples drawn so far are kept" if self.drew else ""
@@ -91,7 +91,7 @@ class LivePreview:
             )
 
     def _left(self, done: int) -> str:
-        """From the pace of the steps since the first of this run; "" before the second."""
+        """Time left, from the pace since this run's first step; "" before the second."""
         now = time.monotonic()
         if self.began is None:
             self.began = (now, done)
@@ -101,13 +101,13 @@ class LivePreview:
         )
 
     def _move(self, done: int, total: int, preview: tuple | None = None) -> None:
-        # A new bar for each total: a full one does not show a smaller value.
+        # Make a new bar for each total: the page never moves a bar back.
         if self.bar.total != total:
             self.bar = comfy.utils.ProgressBar(total)
         self.bar.update_absolute(done, total, preview)
 
     def _say(self, text: str, at_once: bool = False) -> None:
-        """A line on the node itself, once a second at most."""
+        """Write a line on the node, at most once a second."""
         now = time.monotonic()
         if at_once or now > self.said + 1:
             self.said = now
@@ -119,7 +119,7 @@ class LivePreview:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # The training itself fits: go on without pictures.
+            # Only the preview ran out of memory: train on without pictures.
             logging.warning("ΔConv: out of memory for preview pictures, going on without them.")
             self.every = 0
             return None
@@ -152,7 +152,7 @@ class LivePreview:
             self.teacher.device, self.teacher.patcher.model.latent_format
         )
         if previewer is None:
-            # Previews are switched off: the first channels still show shapes.
+            # Previews are off: show the first channels.
             return latent_preview.preview_to_image(latent[:3].movedim(0, -1).float())
         return previewer.decode_latent_to_preview(latent[None])
 

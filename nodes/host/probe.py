@@ -1,4 +1,4 @@
-"""Watching and changing self-attention, one site at a time, through forwards put on a clone."""
+"""Measure self-attention, or change one site of it, through forwards patched onto a clone."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .patch import compute_dtype, detach, load_blocks, original_forward
 from .sites import Heads, ModelSites, Site
 
 KEY = "deltaconv_locality"
-# One chunk of attention; the GPU likes larger ones than a CPU's cache.
+# Bytes of one chunk of attention: for a CPU's cache, else for a GPU.
 _CHUNK_BYTES = {"cpu": 2**24}
 _CHUNK_ELSEWHERE = 2**27
 
@@ -133,7 +133,7 @@ def probed(
 def _chosen(
     site: Site, probe: Probe, original: Callable, inspected: Callable, replaced: Callable | None
 ) -> Callable:
-    """The forward of a site that does at each call what the probe asks for."""
+    """A site's forward, which asks the probe at every call what to do."""
 
     def forward(x, *arguments, **named):
         changes = probe.changes(site)
@@ -146,7 +146,7 @@ def _chosen(
 
 
 def _inspect(site: Site, probe: Probe, heads: Heads) -> torch.Tensor | None:
-    """Stands where attention is computed: the result [B, N, heads · d] of a cut window, or None."""
+    """See `Inspect`: the result [B, N, heads · d] of a cut window, or None after observing."""
     q, k, v, (height, width), scale, problem = heads
     if not problem and probe.changes(site) and q.shape[2] == height * width:
         return probe.cut(q, k, v, height, width, scale)

@@ -1,4 +1,4 @@
-"""A loaded MODEL as the teacher of a distillation: its sites opened on a clone, never in place."""
+"""A loaded MODEL as the teacher of a distillation; only a clone of it is patched."""
 
 import hashlib
 import inspect
@@ -63,7 +63,7 @@ class ComfyTeacher:
         comfy.model_management.load_models_gpu([self.patcher])
         self._was_training = comfy.model_management.in_training
         comfy.model_management.in_training = True
-        # Only the blocks train; what requires a gradient would collect one at every step.
+        # Only the blocks train: parameters of the base must not collect gradients.
         self._trained = [
             p for p in self.patcher.model.parameters() if p.requires_grad and not p.is_inference()
         ]
@@ -77,7 +77,7 @@ class ComfyTeacher:
             parameter.requires_grad_(True)
         self._trained = []
         self._encoded.clear()
-        # Given back whole: the next node loads what it needs.
+        # Unload all of it: the next node loads what it needs.
         comfy.model_management.free_memory(
             self.patcher.model_size(),
             self.device,
@@ -114,8 +114,8 @@ class ComfyTeacher:
         options = self.patcher.model_options.get("transformer_options", {}).copy()
         options["cond_or_uncond"] = [0]
         if torch.is_grad_enabled() or self.device.type == "cpu":
-            # Fast attentions such as Sage have no backward, and ComfyUI's default on a CPU saves
-            # memory at twice the time or more. Another node's choice is left alone.
+            # Fast attentions such as Sage have no backward, and ComfyUI's default on a CPU takes
+            # at least twice as long to save memory. Another node's choice stays.
             options.setdefault("optimized_attention_override", differentiable_attention)
         self._visit, self._visited = visit, False
         results, found, order = [], [], []
@@ -129,7 +129,7 @@ class ComfyTeacher:
                 found.append(self._features)
                 order += rows
         finally:
-            # A backward pass may still recompute with them; predict sets its own each time.
+            # Keep them for recomputation in the backward pass; predict sets new ones each time.
             if not (self._recompute and torch.is_grad_enabled()):
                 self._visit = self._features = None
         if visit is not None and not self._visited:
@@ -150,18 +150,18 @@ class ComfyTeacher:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute in, whatever their weights are stored in."""
+        """dtype that the layers compute in, whatever their weights are stored in."""
         return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
 
     @torch.no_grad()
     def projections(self, site: str) -> QKVMaps | None:
-        """The site's query, key and value maps, as they act: LoRA, casting and storage included."""
+        """The site's query, key and value maps, including LoRA, casting and storage."""
         module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
         dim = self.dims[site]
         basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
 
         def matrix(layer) -> torch.Tensor:
-            # What zero maps to is the bias; a constant in the key or query is left out here.
+            # Subtract what zero maps to: the bias.
             rows = layer(basis)[0]
             return (rows[:dim] - rows[dim]).float().T.contiguous()
 
@@ -243,10 +243,10 @@ def _in_order(parts: list[torch.Tensor], order: list[int]) -> torch.Tensor:
 
 
 def fingerprint(model: ModelPatcher) -> str:
-    """A name for the base as it predicts: samples of every tensor, its weight patches, how it reads
-    noise levels, and what other nodes have put into its options.
+    """Digest of what determines predictions: samples of every tensor, weight patches, sampling
+    settings, options of other nodes.
 
-    Weights that another clone has patched for the moment count as what they were before.
+    Weights that a loaded clone has patched count with their unpatched values.
     """
     digest = hashlib.sha256()
 
@@ -268,10 +268,10 @@ def fingerprint(model: ModelPatcher) -> str:
         elif isinstance(value, str | int | float | bool) or value is None:
             digest.update(repr(value).encode())
         elif code := getattr(value, "__code__", None):
-            # A node's function with its settings, which it keeps in its closure.
+            # A function of another node, with its settings in the closure.
             digest.update(f"{value.__module__}.{value.__qualname__}".encode())
             for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
-                # An empty cell belongs to what is not defined yet.
+                # ValueError: the cell is still empty.
                 with suppress(ValueError):
                     if isinstance(cell.cell_contents, str | int | float | bool):
                         count_in(f"{name}.{variable}", cell.cell_contents)
