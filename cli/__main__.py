@@ -21,17 +21,24 @@ COMMANDS = {
 ALIASES = {"distill": ["distil"]}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command → its exit code; `argv` defaults to this process's arguments."""
+def main(argv: list[str] | None = None, program: str = "deltaconv") -> int:
+    """Run one command → its exit code; `argv` defaults to this process's arguments.
+
+    `program` is what --help calls it.
+    """
     if argv is None:
         _prepare_process()
-    options = _parser().parse_args(argv)
+    options = _parser(program).parse_args(argv)
     try:
         return options.run(options)
     except CommandError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        # A module of the pack or of ComfyUI is no library that another Python has.
+        if missing in (__name__.split(".")[0], "comfy", "folder_paths"):
+            raise
         print(
             f"\nExpected the Python that runs ComfyUI, got {sys.executable}, which has no module "
             f"{error.name}. Run this with ComfyUI's Python, or install it there.",
@@ -43,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("deltaconv", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module, purpose) in COMMANDS.items():
         command = commands.add_parser(

@@ -53,7 +53,8 @@ def enter(tree: Path, base: Path, *, accelerator: bool = False) -> None:
     Must come before anything of ComfyUI is imported; its command-line settings are read at import.
     """
     if "comfy" in sys.modules or "folder_paths" in sys.modules:
-        raise RuntimeError(f"Expected no ComfyUI in this process yet, got {sys.modules['comfy']}.")
+        found = sys.modules.get("comfy") or sys.modules["folder_paths"]
+        raise RuntimeError(f"Expected no ComfyUI in this process yet, got {found}.")
     sys.path.insert(0, str(tree))
     import torch
     from comfy.cli_args import args

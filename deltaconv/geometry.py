@@ -13,7 +13,6 @@ _DEPTHWISE = re.compile(r"gates\.(\d+)\.conv_spatial\.weight")
 _DEPTHWISE_BIAS = re.compile(r"gates\.(\d+)\.conv_spatial\.bias")
 # Tensors that may be missing, and are zero then; the depthwise biases are the others.
 _OPTIONAL = {"conv_up.bias"}
-_LINEARS = ("conv_up", "conv_out", "conv_pool")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ PRODUCT = {"bench", "selftest"}
 def main(command: str, *arguments: str) -> int:
     unwind_when_terminated()
     if command in PRODUCT:
-        return product([command, *arguments])
+        return product([command, *arguments], program="dev.py")
     module = importlib.import_module(f".{command}", __package__)
     try:
         return module.main(list(arguments))

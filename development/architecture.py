@@ -79,7 +79,9 @@ def mermaid(rooms: dict[str, set[str]]) -> str:
     Raises DevelopmentError, naming the rooms, where there is a circle.
     """
     try:
-        order = list(TopologicalSorter(rooms).static_order())
+        # Sorted: the order of a set, and with it the drawing, changes from run to run.
+        graph = {room: sorted(below) for room, below in rooms.items()}
+        order = list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         raise DevelopmentError(f"Expected no circle, got {' → '.join(error.args[1])}.") from error
     below: dict[str, set[str]] = {}

@@ -14,7 +14,8 @@ _T = TypeVar("_T")
 class MemoryPolicy:
     """Doubles the parts of a batch at the first out-of-memory; a second one is raised.
 
-    `note` hears of the doubling. `factor`, 1 or 2, is what a resumed run goes on with.
+    `note` hears of the doubling. `factor` is 1, 2 after an
+    out-of-memory, and what the state says where a run is resumed.
     """
 
     def __init__(self, device: torch.device, note: Callable[[str], None]):

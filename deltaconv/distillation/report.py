@@ -49,7 +49,7 @@ class DistillationReport:
         lines = [self._data] if self._data else []
         if self._initial is not None:
             lines.append(
-                "informed initialisation: mean relative error of the layers on held-out "
+                "informed initialization: mean relative error of the layers on held-out "
                 f"draws {self._initial:.4f}"
             )
         for stage, losses in self._losses.items():

@@ -162,13 +162,22 @@ class DistillationSettings:
             return False
 
 
+def _listed(value: object) -> object:
+    """Lists and tuples alone: a set has no order, and an iterator only one use."""
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("tuple_type", "Input should be a list")
+    return value
+
+
 @validated(frozen=True)
 class _Entry:
     """A recipe's entry for one site; that the kernel is odd is checked with the site's dim."""
 
     kernel: Annotated[Int, Field(ge=1, le=63)]
     scales: Annotated[
-        tuple[Annotated[Float, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=8)
+        tuple[Annotated[Float, Field(gt=0, le=1)], ...],
+        Field(min_length=1, max_length=8),
+        BeforeValidator(_listed),
     ]
 
 

@@ -12,6 +12,16 @@ Count: TypeAlias = Annotated[Int, Field(ge=0)]
 Bool: TypeAlias = Annotated[bool, Field(strict=True)]
 Share: TypeAlias = Annotated[Float, Field(ge=0, le=1)]
 
+# What pydantic calls by the names of Python's types.
+_KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dataclass_type": "entries by name",
+    "mapping_type": "entries by name",
+    "dict_type": "entries by name",
+}
 _BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -31,7 +41,8 @@ def _problem(problem: ErrorDetails) -> str:
     kind = problem["type"]
     if kind in ("unexpected_keyword_argument", "invalid_key"):
         return f"unknown: {name}"
-    expected = problem["msg"].replace("Input should be ", "expected ", 1)
+    expected = f"expected {_KINDS[kind]}" if kind in _KINDS else problem["msg"]
+    expected = expected.replace("Input should be ", "expected ", 1)
     if kind in _BOUNDS and "ctx" in problem:
         key, bound = _BOUNDS[kind]
         expected = f"expected a number, {bound} {problem['ctx'][key]:g}"

@@ -48,15 +48,16 @@ class DistillInputs:
     def settings(self) -> DistillationSettings:
         """The preset with everything that the node sets itself."""
         return PRESETS[self.preset](
-            seed=self.seed,
-            save_every=self.save_every,
+            # Another node may link in numbers of NumPy, or 1 for a yes.
+            seed=int(self.seed),
+            save_every=int(self.save_every),
             precision=self.precision,
-            checkpointing=self.gradient_checkpointing,
+            checkpointing=bool(self.gradient_checkpointing),
             init=self.initialisation,
-            min_snr=self.min_snr,
-            eight_bit=self.eight_bit,
-            layers=self._stage(self.layer_steps, self.layer_rate),
-            joint=self._stage(self.joint_steps, self.joint_rate),
+            min_snr=float(self.min_snr),
+            eight_bit=bool(self.eight_bit),
+            layers=self._stage(int(self.layer_steps), float(self.layer_rate)),
+            joint=self._stage(int(self.joint_steps), float(self.joint_rate)),
         )
 
     def _stage(self, steps: int, rate: float) -> StageSettings:
@@ -65,6 +66,6 @@ class DistillInputs:
             lr=rate,
             # A short run warms up for a tenth of its steps.
             warmup=min(20, steps // 10),
-            batch=self.batch_size,
-            accumulate=min(self.accumulate, self.batch_size),
+            batch=int(self.batch_size),
+            accumulate=int(min(self.accumulate, self.batch_size)),
         )

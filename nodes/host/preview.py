@@ -50,7 +50,7 @@ class LivePreview:
 
     def initialized(self, share: float) -> None:
         """Show the share of the initialization done; raises if the queue was interrupted."""
-        self.at = f"initialisation {share:.0%}"
+        self.at = f"initialization {share:.0%}"
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._move(round(100 * share), 100)
         self._say(self.at)
@@ -84,7 +84,7 @@ class LivePreview:
             kept = "; the own samples drawn so far are kept" if self.drew else ""
             show_on_node(f"{how} at {self.at}, before anything was saved{kept}")
         else:
-            after = f"{saved} steps" if saved else "the initialisation"
+            after = f"{saved} steps" if saved else "the initialization"
             show_on_node(
                 f"{how} at {self.at}, saved after {after}. "
                 f"To go on, queue again with folder {self.folder}"

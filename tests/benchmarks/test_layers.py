@@ -1,6 +1,7 @@
 """The benchmark on a CPU: what it measures, what it refuses, and what becomes of its JSON."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -367,6 +368,11 @@ def test_the_demos_blocks_are_timed_against_how_they_were_first_written(
     assert found["blocks"] == 10 and found["environment"]["load"]
     assert {timing["samples"] for timing in found["times"].values()} == {1}
     assert "load average" in capsys.readouterr().out
+    # Windows has none.
+    monkeypatch.delattr(os, "getloadavg")
+    cpu_step.run(1, 1, path)
+    assert json.loads(path.read_text(encoding="utf-8"))["environment"]["load"] is None
+    assert "load average" not in capsys.readouterr().out
     monkeypatch.setattr(cpu_step, "first_written", lambda block, x: x)
     assert main(line) == 1
     assert "nothing was timed" in capsys.readouterr().err

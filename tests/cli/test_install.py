@@ -20,7 +20,7 @@ from comfyui_deltaconv.development.comfyui.server import FOLDERS, running
 from comfyui_deltaconv.development.comfyui.workflow import to_prompt
 from comfyui_deltaconv.development.lean import lean_python
 
-ABSENT = {"development", "tests", "dev.py", "docs", ".ci", ".github"}
+ABSENT = {"development", "tests", "dev.py", ".ci", ".github"}
 
 
 def tracked(*options):

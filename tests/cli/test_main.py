@@ -49,9 +49,23 @@ def test_another_python_than_comfyuis_is_told_so(tmp_path):
     assert "has no module torch" in done.stderr and sys.executable in done.stderr
 
 
+def test_a_module_of_the_pack_that_is_missing_is_no_other_python(monkeypatch):
+    def broken(options):
+        raise ModuleNotFoundError("gone", name="comfyui_deltaconv.cli.gone")
+
+    monkeypatch.setattr(bench, "run", broken)
+    with pytest.raises(ModuleNotFoundError, match="gone"):
+        main(["bench"])
+
+
 def test_ctrl_c_is_code_130(monkeypatch, capsys):
     monkeypatch.setattr(bench, "run", lambda options: signal.raise_signal(signal.SIGINT))
-    assert main(["bench"]) == 130
+    # A process that a shell started in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["bench"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Stopped." in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import demo
+from comfyui_deltaconv.deltaconv import families
 from host_models import REAL, SMALL, host_model, randomize
 
 
@@ -73,7 +73,7 @@ def test_every_contender_runs_what_it_says(base, weights):
 
 @pytest.mark.any_comfyui
 def test_no_sizes_means_the_usual_ones(base, weights, monkeypatch):
-    monkeypatch.setattr(demo, "NATIVE_SIZE", 8)
+    monkeypatch.setattr(families, "_DEFAULT_LATENT", 8)
     table, _ = run(base, weights, sizes="")
     assert [line.split("×")[0].strip() for line in table.split("\n")[3:5]] == ["8", "16"]
 

@@ -21,9 +21,7 @@ from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures(
-    "one_thread", "own_output", "as_comfyui_runs_nodes", "no_training_left"
-)
+pytestmark = pytest.mark.usefixtures("distilling")
 
 CAPTIONS = ["red apple", "sun with face", "octopus", "purple heart"]
 

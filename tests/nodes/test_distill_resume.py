@@ -8,9 +8,7 @@ from comfyui_deltaconv.deltaconv.distillation.checkpoint import saved_seed, save
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures(
-    "one_thread", "own_output", "as_comfyui_runs_nodes", "no_training_left"
-)
+pytestmark = pytest.mark.usefixtures("distilling")
 
 DEFAULTS = {
     "kernels": "by size",

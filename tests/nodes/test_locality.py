@@ -142,7 +142,7 @@ def test_pixart_is_measured_without_changing_it(pixart, size):
     latent = torch.randn(1, 4, *size, generator=generator)
     positive = [[torch.randn(1, 8, 32, generator=generator), {}]]
     report = measure_locality(pixart, positive, latent, LocalityPlan(percents=(0.5,)))
-    assert list(report.sites) == ["blocks.0.attn", "blocks.1.attn"]
+    assert list(report.sites) == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
     site = report.sites["blocks.1.attn"]
     assert (site.height, site.width, site.heads) == (size[0] // 2, size[1] // 2, 4)
 

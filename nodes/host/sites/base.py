@@ -17,8 +17,9 @@ from ....deltaconv.locality.attention import QKVMaps
 
 Size = tuple[int, int]
 
-# A problem of a call: another node gave attention more than the tokens.
+# What attention sees beside its own tokens, where another node brings it.
 OTHERS = "keys, values or a mask of another node"
+GIVEN = "another node gave it a mask, or keys of its own"
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def intercepting(options: Mapping, size: Size, problem: str, inspect: Inspect) -
             return function(q, k, v, heads, *args, **kwargs)
 
         if problem or q.shape != k.shape:
-            why = problem or "another node gave it a mask, or keys of its own"
+            why = problem or GIVEN
             found = Heads(None, None, None, size, problem=why)
         else:
             split = (q, k, v)

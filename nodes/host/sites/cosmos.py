@@ -103,7 +103,7 @@ class CosmosSites(ModelSites):
 
     def _note_grid(self, executor, x, *arguments, **named):
         """DIFFUSION_MODEL wrapper: x [B, C, T, H, W], unpadded; the options are copied."""
-        frames = x.shape[2] // executor.class_obj.patch_temporal
+        frames = -(-x.shape[2] // executor.class_obj.patch_temporal)
         grid = (frames, *self.map_size("", *x.shape[-2:]))
         options = {**named.get("transformer_options", {}), _GRID: grid}
         return executor(x, *arguments, **{**named, "transformer_options": options})

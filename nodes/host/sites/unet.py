@@ -9,6 +9,7 @@ from ....deltaconv.families import resolution_level
 from ....deltaconv.flops import halved
 from ....deltaconv.locality.attention import QKVMaps
 from .base import (
+    GIVEN,
     OTHERS,
     Inspect,
     ModelSites,
@@ -83,7 +84,7 @@ class UNetSites(ModelSites):
         def forward(x, context=None, value=None, mask=None, transformer_options=None):
             options = {} if transformer_options is None else transformer_options
             size = tuple(options.get("activations_shape", _NO_SHAPE)[-2:])
-            problem = "" if mask is None else "another node gave it a mask, or keys of its own"
+            problem = "" if mask is None else GIVEN
             # The override reaches this attention alone: attn2 gets the options without it.
             options = intercepting(options, size, problem, inspect)
             return original(x, context=context, value=value, mask=mask, transformer_options=options)

@@ -278,17 +278,17 @@ def test_every_unknown_entry_and_every_wrong_value_is_named_at_once():
         DistillationSettings.from_mapping(plain)
     assert str(error.value) == (
         "These distillation settings cannot be: "
-        "layers.lr: expected a valid number, got 'fast'; "
+        "layers.lr: expected a number, got 'fast'; "
         "layers.accumulate: expected at most the batch, 8, got 9; "
         "layers.betas: expected two numbers, got [0.9]; "
         "unknown: layers.nope; "
-        "joint.steps: expected a valid integer, got True; "
+        "joint.steps: expected a whole number, got True; "
         "joint.schedule: expected 'cosine' or 'constant', got 'linear'; "
         "losses.noise: expected a number, at least 0, got -1; "
         "losses.style: expected 'noise', 'teacher', 'features' or 'normalised_features', "
         "got 'style'; "
         "ema: expected a number, below 1, got 1; "
-        "seed: expected a valid integer, got 1.0; "
+        "seed: expected a whole number, got 1.0; "
         "unknown: other."
     )
     with pytest.raises(DistillationError, match="one with a weight above 0 for the joint stage"):
@@ -316,3 +316,9 @@ def test_what_a_recipe_may_say_of_a_site():
         "'d' is no self-attention site of this model",
     ):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("scales", ["1", {1.0}, iter([1.0]), {1.0: 1.0}])
+def test_scales_are_in_an_order(scales):
+    with pytest.raises(DistillationError, match="a: scales: expected a list, got"):
+        read_plan({"a": (3, scales)}, {"a": toy.CHANNELS})
