@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -80,11 +81,17 @@ def main(argv: list[str]) -> int:
 
 
 def summary(runs: dict[str, Run]) -> str:
-    """The slowest tests of all runs, by the version of ComfyUI that each ran on."""
+    """The slowest tests of all runs, by the version of ComfyUI that each ran on, and files."""
     tests = [(*test, version) for version, run in runs.items() for test in run.seconds]
     slowest = sorted(tests, reverse=True)[:SLOWEST]
     lines = [f"{seconds:7.1f} s  {version:8} {name}" for seconds, name, version in slowest]
-    return "\n".join([f"\nThe {len(slowest)} slowest tests:", *lines, ""])
+    files: Counter[str] = Counter()
+    for seconds, name, _ in tests:
+        files[name.partition("::")[0]] += seconds
+    totals = [f"{seconds:7.1f} s  {name}" for name, seconds in files.most_common(SLOWEST)]
+    return "\n".join(
+        [f"\nThe {len(slowest)} slowest tests:", *lines, "\nThe slowest files:", *totals, ""]
+    )
 
 
 def exit_code(runs: list[Run], narrowed: bool) -> int:
