@@ -4,6 +4,9 @@ import pytest
 import torch
 from host_models import SMALL
 
+# What ComfyUI's version can change is tested with the nodes.
+pytestmark = pytest.mark.any_comfyui
+
 
 @pytest.fixture
 def step_entry(as_comfyui_runs_nodes, monkeypatch):
@@ -27,7 +30,6 @@ def step_entry(as_comfyui_runs_nodes, monkeypatch):
     return measure
 
 
-@pytest.mark.any_comfyui
 def test_steps_of_whole_models_take_turns_behind_a_warm_up(step_entry, monkeypatch):
     from comfyui_deltaconv.benchmarks import model_steps
     from comfyui_deltaconv.deltaconv.block import DeltaConvBlock
@@ -57,7 +59,6 @@ def test_steps_of_whole_models_take_turns_behind_a_warm_up(step_entry, monkeypat
     assert entry["left_out"].keys() == {"hypertile 256, depth 0"}  # the map is one tile
 
 
-@pytest.mark.any_comfyui
 def test_what_does_nothing_to_a_model_is_not_timed_as_an_alternative(step_entry):
     # SDXL has no attention at full resolution, where ToMe acts, and here its maps are one tile.
     entry = step_entry("sdxl", 64, repeats=1, batch=1)
@@ -95,7 +96,6 @@ def test_a_transformer_has_stock_and_blocks_alone(step_entry):
     assert list(entry["steps"]) == ["stock", "deltaconv"] and "sampling" not in entry
 
 
-@pytest.mark.any_comfyui
 def test_a_variant_without_memory_leaves_the_others_to_be_timed(step_entry, monkeypatch):
     from comfyui_deltaconv.benchmarks import model_steps
 
