@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,9 +60,6 @@ def comfy(comfyui_tree, tmp_path_factory):
     import comfy
     import comfy.sd
 
-    # Hypothesis warns of a generator that trio registers later: frozen objects refer to it unseen.
-    with suppress(ImportError):
-        import trio  # noqa: F401
     # Collections between tests need not look at what all imports made: that takes 0.3 s each time.
     gc.collect()
     gc.freeze()
