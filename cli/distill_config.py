@@ -36,7 +36,10 @@ def read_configuration(path: Path | None) -> Configuration:
         entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     # ValueError: a date that is none, a number of too many digits, text that is not UTF-8.
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise CommandError(f"Expected a YAML file at {path}, got: {error}.") from error
+        raise CommandError(
+            f"Expected a YAML file at {path}, got: {error}. Correct it, or leave --config out to "
+            "distill the packaged demo."
+        ) from error
     if not isinstance(entries, dict):
         raise CommandError(f"Expected entries by name in {path}, got {entries!r:.60}.")
     unknown = [f"unknown entry {name!r:.40}" for name in entries if not isinstance(name, str)]
