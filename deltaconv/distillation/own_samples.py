@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ..weights.file import write_atomically
 from .data import Dataset, Trajectory
 from .settings import DistillationError
-from .teacher import Condition, Teacher, sample
+from .teacher import Condition, Point, Teacher, sample
 
 # Most bytes of a file's header: names, shapes and offsets of three tensors.
 _HEADER = 512
@@ -109,7 +109,7 @@ def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, whi
             for row in rows
         ]
     )
-    points: list[tuple[torch.Tensor, torch.Tensor]] = []
+    points: list[Point] = []
     chosen = [conditions[row % len(conditions)] for row in rows]
     result = sample(
         teacher,
@@ -121,8 +121,8 @@ def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, whi
         points=points,
         progress=progress,
     )
-    x = torch.stack([points[at][0] for at in which], dim=1)
-    sigma = torch.stack([points[at][1] for at in which], dim=1)
+    x = torch.stack([points[at].x for at in which], dim=1)
+    sigma = torch.stack([points[at].sigma for at in which], dim=1)
     tensors = {"latents": result.half(), "x": x.half(), "sigma": sigma.float()}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -70,6 +70,48 @@ def in_place_of_attention(
     return visit
 
 
+class Prediction(NamedTuple):
+    """ε̂ [B, C, H, W] with each image's condition, and with the unconditional one."""
+
+    conditional: torch.Tensor
+    unconditional: torch.Tensor
+
+    def guided(self, cfg: float) -> torch.Tensor:
+        """What a sampler steps along under classifier-free guidance."""
+        if cfg == 1:
+            return self.conditional
+        return self.unconditional + cfg * (self.conditional - self.unconditional)
+
+
+class Point(NamedTuple):
+    """The state x [B, C, H, W] before a sampler's step, at sigma [B], and what the model said."""
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    predicted: Prediction
+
+
+def predict_both(
+    teacher: Teacher,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    conditions: Sequence[Condition],
+    unconditional: Condition,
+    visit: Visit | None = None,
+) -> Prediction:
+    """ε̂ of x [B, C, H, W] at sigma [B] with `conditions` and without, in one call."""
+    batch = len(x)
+    both = [*conditions, *[unconditional] * batch]
+    eps = teacher.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both, visit)
+    return Prediction(eps[:batch], eps[batch:])
+
+
+def noise_levels(teacher: Teacher, steps: int) -> list[float]:
+    """The sigmas of `steps` sampling steps that are uniform in position, and the final 0."""
+    edges = torch.arange(steps, dtype=torch.float64) / steps + 0.5 / max(steps, 500)
+    return [float(teacher.sigmas(edge[None])[0]) for edge in edges] + [0.0]
+
+
 @torch.no_grad()
 def sample(
     teacher: Teacher,
@@ -80,27 +122,27 @@ def sample(
     steps: int = 30,
     cfg: float = 4.0,
     visit: Visit | None = None,
-    points: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    points: list[Point] | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> torch.Tensor:
     """noise [B, C, H, W] → latents [B, C, H, W] by Euler steps in sigma (DDIM for an ε-model).
 
-    Steps are uniform in position. `points` collects (x, sigma [B]) of every call of the model;
-    `progress` hears the number of steps done.
+    Steps are uniform in position. `points` collects one Point per step; at `cfg` 1 its
+    unconditional prediction is the conditional one. `progress` hears the number of steps done.
     """
-    edges = torch.arange(steps, dtype=torch.float64) / steps + 0.5 / max(steps, 500)
-    levels = [float(teacher.sigmas(edge[None])[0]) for edge in edges] + [0.0]
+    levels = noise_levels(teacher, steps)
     x = noise.to(teacher.device)
     batch = len(x)
     x = teacher.noised(torch.zeros_like(x), x, torch.full((batch,), levels[0], device=x.device))
     for step, (level, following) in enumerate(pairwise(levels)):
         sigma = torch.full((batch,), level, device=x.device)
-        if points is not None:
-            points.append((x, sigma))
-        eps = teacher.predict(x, sigma, conditions, visit)
+        conditional = teacher.predict(x, sigma, conditions, visit)
+        free = conditional
         if cfg != 1:
             free = teacher.predict(x, sigma, [unconditional] * batch, visit)
-            eps = free + cfg * (eps - free)
-        x = x + (following - level) * eps
+        predicted = Prediction(conditional, free)
+        if points is not None:
+            points.append(Point(x, sigma, predicted))
+        x = x + (following - level) * predicted.guided(cfg)
         progress(step + 1)
     return x
