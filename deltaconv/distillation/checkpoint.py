@@ -46,6 +46,10 @@ class Progress:
     scaler: dict[str, Any]
     # Compared with those of the run that takes this up, and never read otherwise.
     settings: Any = None
+    # What was chosen: the sites with blocks, None for all of the recipe, and the share of sampling
+    # from which on they act.
+    replaced: tuple[str, ...] | None = None
+    start: Annotated[Float, Field(ge=0, lt=1)] = 0.0
 
 
 _PROGRESS = TypeAdapter(Progress)
@@ -176,7 +180,7 @@ def load_state(
         except ValidationError as error:
             damaged.append(f"{path.name} ({problems_of(error)[0]})")
             continue
-        if problem := _problem(state, shapes):
+        if problem := _problem(state, _chosen(shapes, state.progress.replaced)):
             damaged.append(f"{path.name} ({problem})")
             continue
         return state
@@ -226,6 +230,16 @@ def _difference(saved: object, value: object) -> str:
         name = names[0] if names else ""
         return f"{name} was {saved.get(name)!r:.60} and is {value.get(name)!r:.60}"
     return f"it was {saved!r:.60} and is {value!r:.60}"
+
+
+def _chosen(
+    shapes: Mapping[str, tuple[int, ...]], replaced: tuple[str, ...] | None
+) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the tensors at the chosen sites."""
+    if replaced is None:
+        return shapes
+    prefixes = tuple(f"{site}." for site in replaced)
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
 
 
 def _problem(state: State, shapes: Mapping[str, tuple[int, ...]]) -> str:

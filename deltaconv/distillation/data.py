@@ -7,24 +7,46 @@ from dataclasses import dataclass, field
 import torch
 
 from .settings import DistillationError
-from .teacher import Condition, Teacher
+from .teacher import Condition, Prediction, Teacher
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x [B, C, H, W] at sigma [B]; ε is the noise in it. All on the teacher's device."""
+    """x [B, C, H, W] at sigma [B]; ε is the noise in it. All on the teacher's device.
+
+    `predicted` is what the teacher said there, where its own sampling was kept for all of them.
+    """
 
     x: torch.Tensor
     sigma: torch.Tensor
     noise: torch.Tensor
     conditions: list[Condition]
+    unconditional: Condition
+    predicted: Prediction | None = None
 
     def parts(self, count: int) -> Iterator["Batch"]:
         """The images in at most `count` parts, equally large but for the last."""
         size = -(-len(self) // count)
         for at in range(0, len(self), size):
             rows = slice(at, at + size)
-            yield Batch(self.x[rows], self.sigma[rows], self.noise[rows], self.conditions[rows])
+            yield Batch(
+                self.x[rows],
+                self.sigma[rows],
+                self.noise[rows],
+                self.conditions[rows],
+                self.unconditional,
+                self.predicted and Prediction(*(half[rows] for half in self.predicted)),
+            )
+
+    def both_ways(self) -> "Batch":
+        """Every image twice: with its condition, and behind them all without."""
+        return Batch(
+            torch.cat([self.x, self.x]),
+            torch.cat([self.sigma, self.sigma]),
+            torch.cat([self.noise, self.noise]),
+            [*self.conditions, *[self.unconditional] * len(self)],
+            self.unconditional,
+        )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -32,10 +54,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Points of one image's sampling: x [T, C, H, W] at sigma [T]."""
+    """Points of one image's sampling: x [T, C, H, W] at sigma [T].
+
+    `predicted` [T, 2, C, H, W] is the teacher's ε̂ there, with the image's condition and without.
+    """
 
     x: torch.Tensor
     sigma: torch.Tensor
+    predicted: torch.Tensor | None = None
 
 
 @dataclass
@@ -104,11 +130,13 @@ def draw(
     position: int,
     unconditional: float,
     trajectory_share: float = 0.0,
+    start: float = 0.0,
 ) -> Batch:
     """One batch: sigmas uniform over the steps and stratified, some conditions dropped.
 
-    Every image has its own stratum of the steps, so that each batch covers all sigmas. All random
-    numbers come from `generator` on the CPU, so that they agree across devices.
+    `start` is the share of the steps, from the noisiest on, that is left out. Every image has its
+    own stratum of the rest, so that each batch covers all of its sigmas. All random numbers come
+    from `generator` on the CPU, so that they agree across devices.
     """
     indices = dataset.indices(seed, batch, position)
     latents = torch.stack([dataset.latents[index] for index in indices]).float()
@@ -116,7 +144,7 @@ def draw(
     within = torch.rand(batch, generator=generator, dtype=torch.float64)
     # Shuffled: every part of a batch then covers the same range.
     strata = torch.randperm(batch, generator=generator)
-    steps = ((strata + within) / batch).clamp(5e-4, 1 - 5e-4)
+    steps = (start + (1 - start) * (strata + within) / batch).clamp(5e-4, 1 - 5e-4)
     dropped = (torch.rand(batch, generator=generator) < unconditional).tolist()
     on_path = torch.rand(batch, generator=generator) < trajectory_share
     picks = torch.rand(batch, generator=generator)
@@ -127,16 +155,25 @@ def draw(
     x = teacher.noised(latents, noise, sigma)
     # The target of ε̂ = (x − x̂₀) / sigma, for flow models as for ε-models.
     noise = (x - latents) / sigma[:, None, None, None]
+    known: list[torch.Tensor] = []
     if dataset.trajectories is not None and on_path.any():
         x, sigma, noise = x.clone(), sigma.clone(), noise.clone()
+        highest = float(teacher.sigmas(torch.tensor([max(start, 5e-4)], dtype=torch.float64))[0])
         for row in on_path.nonzero().flatten().tolist():
             path = dataset.trajectories[indices[row]]
-            point = min(int(picks[row] * len(path.sigma)), len(path.sigma) - 1)
+            first = min(int((path.sigma > highest).sum()), len(path.sigma) - 1)
+            count = len(path.sigma) - first
+            point = first + min(int(picks[row] * count), count - 1)
             x[row] = path.x[point].to(x)
             sigma[row] = path.sigma[point].to(sigma)
             noise[row] = (x[row] - latents[row]) / sigma[row]
+            if path.predicted is not None:
+                with_condition, without = path.predicted[point].to(x)
+                known.append(torch.stack([without if dropped[row] else with_condition, without]))
     conditions = [
         dataset.unconditional if drop else dataset.conditions[index]
         for index, drop in zip(indices, dropped, strict=True)
     ]
-    return Batch(x, sigma, noise, conditions)
+    # A batch that is known in part needs the teacher's pass as a whole.
+    predicted = Prediction(*torch.stack(known, 1)) if len(known) == batch else None
+    return Batch(x, sigma, noise, conditions, dataset.unconditional, predicted)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .data import Batch
 from .settings import DistillationSettings, Loss
 from .student import Student
-from .teacher import Teacher
+from .teacher import Prediction, Teacher
 
 Backward = Callable[[torch.Tensor], None]
 Losses = dict[str, torch.Tensor]
@@ -107,16 +107,24 @@ def joint_losses(
 
     noise MSE(ε̂_student, ε), teacher MSE(ε̂_student, ε̂_teacher), features Σ MSE(h_student, h_teacher)
     over the hidden states after each site's residual add, normalised_features the mean of these
-    over the power of h_teacher in this part of the batch. `share` is the part's weight in the step.
-    Source of the first three: arXiv 2504.21292.
+    over the power of h_teacher in this part of the batch. Source of these: arXiv 2504.21292, but
+    for the last. guided is the teacher loss of what a sampler steps along: every image is computed
+    with its condition and without, for the other losses too. `share` is the part's weight in the
+    step.
     """
     weights = {name: weight for name, weight in settings.losses.items() if weight}
     by_feature = bool(weights.keys() & {"features", "normalised_features"})
+    known = None if by_feature else batch.predicted
+    if "guided" in weights:
+        batch = batch.both_ways()
     goal: Losses = {}
     own: Losses = {}
     inputs = (batch.x, batch.sigma, batch.conditions)
-    with torch.no_grad():
-        expected = teacher.predict(*inputs, None, goal if by_feature else None)
+    if known is None:
+        with torch.no_grad():
+            expected = teacher.predict(*inputs, None, goal if by_feature else None)
+    else:
+        expected = torch.cat(known) if "guided" in weights else known.conditional
     with torch.enable_grad():
         got = teacher.predict(*inputs, student.visit, own if by_feature else None)
         losses: Losses = {}
@@ -124,8 +132,11 @@ def joint_losses(
         targets: dict[Loss, torch.Tensor] = {"noise": batch.noise, "teacher": expected}
         for name, target in targets.items():
             if name in weights:
-                errors = (got - target).square().flatten(1).mean(1)
-                losses[name] = weights[name] * (errors * per_image).mean()
+                losses[name] = weights[name] * (_per_image(got - target) * per_image).mean()
+        if "guided" in weights:
+            error = Prediction(*(got - expected).chunk(2)).guided(settings.guidance)
+            levels = per_image[: len(error)]
+            losses["guided"] = weights["guided"] * (_per_image(error) * levels).mean()
         if by_feature:
             # The blocks' sites alone: other sites' states differ only through earlier blocks.
             sites = [site for site in goal if site in student.blocks]
@@ -141,6 +152,11 @@ def joint_losses(
                 losses["normalised_features"] = weight * _sum(relative) / len(relative)
         backward(_sum(losses.values()) * share)
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _per_image(error: torch.Tensor) -> torch.Tensor:
+    """error [B, C, H, W] → its mean square [B]."""
+    return error.square().flatten(1).mean(1)
 
 
 def _sum(losses: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -14,8 +14,10 @@ from .data import Dataset, Trajectory
 from .settings import DistillationError
 from .teacher import Condition, Point, Teacher, sample
 
-# Most bytes of a file's header: names, shapes and offsets of three tensors.
+# Most bytes of a file's header: names, shapes and offsets of four tensors.
 _HEADER = 512
+# A trajectory's tensors in a file, in the order of its fields.
+_TENSORS = ("x", "sigma", "predicted")
 
 
 def own_samples(
@@ -34,6 +36,7 @@ def own_samples(
     cache: Path | None = None,
     max_bytes: int = 2**30,
     unconditional_name: str = "",
+    predicted: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     reused: Callable[[int], None] = lambda count: None,
 ) -> Dataset:
@@ -41,19 +44,21 @@ def own_samples(
 
     `names` and `unconditional_name` identify the conditions in the cache's key. Each trajectory
     keeps as many points, in float16, as fit into `max_bytes` with the finished samples, which are
-    float32 in memory. `cache` keeps both on disk, within the same limit; the oldest samples of
-    other settings make room. Where it holds samples of `former_seed` and none of `seed`, those are
-    completed. `progress` hears (done, total) in steps of sampling, and `reused` at the end the
-    number of samples from the cache. Raises DistillationError where not one point per sample fits.
+    float32 in memory; with `predicted` also what the teacher predicted there. `cache` keeps all of
+    it on disk, within the same limit; the oldest samples of other settings make room. Where it
+    holds samples of `former_seed` and none of `seed`, those are completed. `progress` hears (done,
+    total) in steps of sampling, and `reused` at the end the number of samples from the cache.
+    Raises DistillationError where not one point per sample fits.
     """
     if not conditions or len(names) != len(conditions):
         raise DistillationError(f"Expected prompts to draw samples from, got {len(conditions)}.")
     size = 2 * shape[0] * shape[1] * shape[2]
     # A point has a sigma, a file a header.
     room = max_bytes - _HEADER * -(-count // batch)
-    kept = min(steps, (room // max(1, count) - size) // (size + 4))
+    point = size * (3 if predicted else 1) + 4
+    kept = min(steps, (room // max(1, count) - size) // point)
     if kept < 1:
-        needed = count * (2 * size + 4) + _HEADER * -(-count // batch)
+        needed = count * (size + point) + _HEADER * -(-count // batch)
         raise DistillationError(
             f"Expected room for {count} samples, {needed} bytes, got a limit of {max_bytes}. Allow "
             "more, or draw fewer."
@@ -62,7 +67,8 @@ def own_samples(
     named = [*names, unconditional_name]
 
     def key_of(seed: int) -> str:
-        return _key(teacher.fingerprint, named, shape, count, steps, cfg, seed, kept, batch)
+        what = (teacher.fingerprint, named, shape, count, steps, cfg, seed, kept, batch)
+        return _key(*what, "predicted") if predicted else _key(*what)
 
     if former_seed is not None and cache and not _held(cache, key_of(seed)):
         seed = former_seed if _held(cache, key_of(former_seed)) else seed
@@ -73,7 +79,7 @@ def own_samples(
         before = number * steps
         rows = range(start, min(start + batch, count))
         file = cache / f"samples-{key}-{start:06d}.safetensors" if cache else None
-        tensors = _cached(file, len(rows), kept, shape)
+        tensors = _cached(file, _shapes(len(rows), kept, shape, predicted))
         if tensors is None:
             tensors = _draw(
                 teacher,
@@ -85,6 +91,7 @@ def own_samples(
                 cfg,
                 seed,
                 which,
+                predicted,
                 lambda step, before=before: progress(before + step, total),
             )
             if cache is not None and file is not None:
@@ -95,13 +102,18 @@ def own_samples(
             found += len(rows)
             progress(before + steps, total)
         latents += list(tensors["latents"].float())
-        paths += [Trajectory(x, s) for x, s in zip(tensors["x"], tensors["sigma"], strict=True)]
+        paths += [
+            Trajectory(*parts)
+            for parts in zip(*(tensors[name] for name in _TENSORS if name in tensors), strict=True)
+        ]
     reused(found)
     chosen = [conditions[index % len(conditions)] for index in range(count)]
     return Dataset(latents, chosen, unconditional, paths)
 
 
-def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which, progress):
+def _draw(
+    teacher, conditions, unconditional, shape, rows, steps, cfg, seed, which, predicted, progress
+):
     # One generator per image: a sample does not depend on the batch it is drawn in.
     noise = torch.stack(
         [
@@ -121,13 +133,24 @@ def _draw(teacher, conditions, unconditional, shape, rows, steps, cfg, seed, whi
         points=points,
         progress=progress,
     )
-    x = torch.stack([points[at].x for at in which], dim=1)
-    sigma = torch.stack([points[at].sigma for at in which], dim=1)
-    tensors = {"latents": result.half(), "x": x.half(), "sigma": sigma.float()}
+    chosen_points = [points[at] for at in which]
+    tensors = {
+        "latents": result.half(),
+        "x": torch.stack([point.x for point in chosen_points], dim=1).half(),
+        "sigma": torch.stack([point.sigma for point in chosen_points], dim=1).float(),
+    }
+    if predicted:
+        both = [torch.stack(point.predicted, dim=1) for point in chosen_points]
+        tensors["predicted"] = torch.stack(both, dim=1).half()
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _cached(file: Path | None, rows: int, kept: int, shape: tuple[int, int, int]):
+def _shapes(rows: int, kept: int, shape: tuple[int, int, int], predicted: bool) -> dict:
+    shapes = {"latents": (rows, *shape), "x": (rows, kept, *shape), "sigma": (rows, kept)}
+    return shapes | ({"predicted": (rows, kept, 2, *shape)} if predicted else {})
+
+
+def _cached(file: Path | None, shapes: dict):
     """The file's tensors; None where it is missing, damaged or of other shapes."""
     if file is None or not file.is_file():
         return None
@@ -135,8 +158,7 @@ def _cached(file: Path | None, rows: int, kept: int, shape: tuple[int, int, int]
         tensors = load_file(file)
     except (SafetensorError, OSError):
         return None
-    expected = {"latents": (rows, *shape), "x": (rows, kept, *shape), "sigma": (rows, kept)}
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
         return None
     return tensors if all(tensor.isfinite().all() for tensor in tensors.values()) else None
 

@@ -11,12 +11,16 @@ from .teacher import Teacher, Visit
 
 
 def replay_of(
-    teacher: Teacher, dataset: Dataset, settings: DistillationSettings, parts: Callable[[], int]
+    teacher: Teacher,
+    dataset: Dataset,
+    settings: DistillationSettings,
+    parts: Callable[[], int],
+    start: float,
 ) -> Replay:
     """Runs the teacher over `init_images`, apart from the training's own order of images.
 
     Every batch is computed in `parts()` parts, as in the layers stage. Each turn has its own noise
-    and begins at the image where the turn before it ended.
+    and begins at the image where the turn before it ended. `start` is `draw`'s.
     """
     batch, seed = settings.layers.batch, settings.seed ^ 0x5EED
 
@@ -33,6 +37,7 @@ def replay_of(
                 batch=batch,
                 position=position,
                 unconditional=settings.unconditional,
+                start=start,
             )
             for part in inputs.parts(parts()):
                 with torch.no_grad():

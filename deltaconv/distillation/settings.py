@@ -24,7 +24,7 @@ from .validation import Bool, Count, Float, Int, Share, problems_of
 StageName: TypeAlias = Literal["layers", "joint"]
 Init: TypeAlias = Literal["informed", "random"]
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
-Loss: TypeAlias = Literal["noise", "teacher", "features", "normalised_features"]
+Loss: TypeAlias = Literal["noise", "teacher", "guided", "features", "normalised_features"]
 Decayed: TypeAlias = Literal["all", "linear"]
 
 _Beta: TypeAlias = Annotated[Float, Field(ge=0, lt=1)]
@@ -109,11 +109,15 @@ class DistillationSettings:
     losses: Mapping[Loss, Annotated[Float, Field(ge=0, le=1e6)]] = field(
         default_factory=lambda: {"teacher": 1.0}
     )
-    # γ of Min-SNR weighting of the noise and teacher losses; 0 leaves it out.
+    # Classifier-free guidance that the guided loss is computed at.
+    guidance: Annotated[Float, Field(ge=1, le=100)] = 4.0
+    # γ of Min-SNR weighting of the noise, teacher and guided losses; 0 leaves it out.
     min_snr: Annotated[Float, Field(ge=0, le=1e6)] = 0.0
     # Share of the images on stored trajectory points, where the data has any.
     trajectory_share: Share = 0.5
     unconditional: Share = 0.1
+    # Share of sampling, from the noisiest step on, in which attention stays: not trained for.
+    start: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     ema: Annotated[Float, Field(ge=0, lt=1)] = 0.99
     precision: Precision = "float32"
     checkpointing: Bool = False

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -49,6 +49,11 @@ class Student:
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return self.blocks[site](x.float())
+
+    def keep(self, sites: Collection[str]) -> None:
+        """Drop the blocks of all other sites: attention stays there."""
+        self.blocks = {site: block for site, block in self.blocks.items() if site in sites}
+        self.ema = {name: self.ema[name] for name in self.parameters}
 
     @property
     def visit(self) -> Visit:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from .teacher import Teacher
 from .training import Training
 
 Change = Callable[[Mapping[str, DeltaConvBlock]], dict[str, float]]
+# Initialized blocks → the sites that keep theirs, and the share of sampling from which they act.
+Choose = Callable[[Mapping[str, DeltaConvBlock]], tuple[Collection[str], float]]
 
 
 def distill(
@@ -33,6 +35,7 @@ def distill(
     *,
     gate: str = "scaled",
     start: Mapping[str, DeltaConvBlock] | None = None,
+    choose: Choose | None = None,
     folder: str | os.PathLike | None = None,
     resume: bool = True,
     progress: Callable[[float], None] = lambda share: None,
@@ -41,7 +44,9 @@ def distill(
 
     `recipe` maps site → BlockPlan, (kernel, scales), or a kernel alone. A `dataset` that is a
     function is called once, at the first record. `start` holds blocks to go on from in place of an
-    initialization, for all sites or some. `folder` takes the states; one that holds a state is
+    initialization, for all sites or some. `choose` decides once, after the initialization, which
+    blocks are trained further, and for which part of sampling; none: all of them, from
+    `settings.start` on. `folder` takes the states; one that holds a state is
     resumed, or refused where `resume` is False. `progress` hears the share done of the
     initialization, and may raise to stop it. Closing the generator, as an interrupt does, saves
     first. Raises DistillationError at the call, before any data is drawn or anything is changed,
@@ -68,8 +73,9 @@ def distill(
         take_weights(site, blocks[site], block)
     student = Student(blocks, settings, teacher.device)
     training = Training(student, settings, half_base=teacher.dtype == torch.float16)
+    untrained = blocks.keys() - given.keys()
     return _Run(
-        teacher, dataset, settings, training, checkpoints, blocks.keys() - given.keys(), progress
+        teacher, dataset, settings, training, checkpoints, untrained, choose, progress
     ).records()
 
 
@@ -90,11 +96,13 @@ class _Run:
         training: Training,
         checkpoints: Checkpoints,
         untrained: set[str],
+        choose: Choose | None,
         progress: Callable[[float], None],
     ):
         self.teacher, self.dataset, self.settings = teacher, dataset, settings
         self.training, self.checkpoints = training, checkpoints
         self.untrained, self.progress = untrained, progress
+        self.choose = choose
         # Said with the next record.
         self.notes: list[str] = []
         self.memory = MemoryPolicy(teacher.device, self.notes.append)
@@ -110,6 +118,11 @@ class _Run:
             data = self.dataset() if callable(self.dataset) else self.dataset
             if not self.initialized:
                 yield self._initialize(data)
+                self._save()
+            if self.choose and training.replaced is None and not training.number:
+                yield self._choose(self.choose)
+                # As many steps as the state of the initialization has.
+                self.checkpoints.saved = None
                 self._save()
             if training.stage == "layers":
                 yield from self._train(data)
@@ -142,6 +155,13 @@ class _Run:
         self.initialized = True
         images = self.settings.init_images if errors else 0
         return self._record("init", 1, 1, started, losses=errors, images=images)
+
+    def _choose(self, choose: Choose) -> Record:
+        started = time.monotonic()
+        with torch.no_grad():
+            replaced, start = choose(self.training.student.blocks)
+        self.training.choose(replaced, start)
+        return self._record("choice", 1, 1, started)
 
     def _train(self, data: Dataset) -> Iterator[Record]:
         training = self.training
@@ -186,6 +206,7 @@ class _Run:
             position=self.training.position,
             unconditional=self.settings.unconditional,
             trajectory_share=self.settings.trajectory_share if data.trajectories else 0.0,
+            start=self.training.start,
         )
 
     def _losses(self, batch: Batch, joint: bool) -> dict[str, float]:
@@ -199,7 +220,10 @@ class _Run:
 
     def _replay(self, data: Dataset):
         layers = self.settings.layers
-        return replay_of(self.teacher, data, self.settings, lambda: self.memory.parts(layers))
+        start = self.training.start
+        return replay_of(
+            self.teacher, data, self.settings, lambda: self.memory.parts(layers), start
+        )
 
     def _solve(self, change: Change) -> dict[str, float]:
         """Apply `change` to the blocks on the CPU; average and optimizer restart from it."""

@@ -1,5 +1,7 @@
 """A training in progress: student, optimizer, random state and counters, as states save them."""
 
+from collections.abc import Collection
+
 import torch
 
 from .checkpoint import Progress, State
@@ -21,6 +23,9 @@ class Training:
         self.stage: StageName = "layers"
         # Steps of the stage, draws from the data, and steps of all stages.
         self.step = self.position = self.number = 0
+        # What was chosen: the sites with blocks, and the share of sampling from which on they act.
+        self.replaced: tuple[str, ...] | None = None
+        self.start = settings.start
         # False while weights, optimizer and counters belong to different steps.
         self.whole = True
         # The loss of every training step so far, across resumed runs.
@@ -49,6 +54,12 @@ class Training:
         self.history.append(loss)
         self.whole = True
         return note
+
+    def choose(self, replaced: Collection[str], start: float) -> None:
+        """Go on with the blocks of these sites alone, for the steps from `start` on."""
+        self.student.keep(replaced)
+        self.replaced, self.start = tuple(self.student.blocks), start
+        self.restart_optimizer()
 
     def begin_joint(self) -> None:
         """Go on from the averaged weights in the joint stage, with a new optimizer."""
@@ -84,6 +95,8 @@ class Training:
             rate=self.optimizer.rate,
             scaler=self.optimizer.scaler.state_dict(),
             settings=self.settings.to_mapping(),
+            replaced=self.replaced,
+            start=self.start,
         )
         return State(tensors, progress)
 
@@ -92,6 +105,8 @@ class Training:
         notes, progress = [], state.progress
         self.stage, self.step = progress.stage, progress.step
         self.position, self.number = progress.position, progress.number
+        if progress.replaced is not None:
+            self.choose(progress.replaced, progress.start)
         self.student.load(state.group("weights"))
         self.student.ema = {
             name: tensor.to(self.student.device) for name, tensor in state.group("ema").items()

@@ -285,7 +285,7 @@ def test_every_unknown_entry_and_every_wrong_value_is_named_at_once():
         "joint.steps: expected a whole number, got True; "
         "joint.schedule: expected 'cosine' or 'constant', got 'linear'; "
         "losses.noise: expected a number, at least 0, got -1; "
-        "losses.style: expected 'noise', 'teacher', 'features' or 'normalised_features', "
+        "losses.style: expected 'noise', 'teacher', 'guided', 'features' or 'normalised_features', "
         "got 'style'; "
         "ema: expected a number, below 1, got 1; "
         "seed: expected a whole number, got 1.0; "

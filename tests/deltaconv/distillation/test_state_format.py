@@ -31,9 +31,11 @@ SETTINGS = {
     "layers": {"steps": 6, **STAGE, "lr": 3e-3},
     "joint": {"steps": 5, **STAGE},
     "losses": {"noise": 0.5, "teacher": 1.0, "features": 0.001},
+    "guidance": 4.0,
     "min_snr": 0.0,
     "trajectory_share": 0.5,
     "unconditional": 0.1,
+    "start": 0.0,
     "ema": 0.99,
     "precision": "float32",
     "checkpointing": False,
@@ -54,7 +56,12 @@ PROGRESS = {
     "rate": 1.0,
     "scaler": {},
     "settings": SETTINGS,
+    "replaced": None,
+    "start": 0.0,
 }
+# What states from before there was a choice of layers and steps lack.
+SINCE = ("replaced", "start")
+SETTINGS_SINCE = ("guidance", "start")
 IDENTITY = {
     "base": "toy-0",
     "recipe": {"gate": "scaled", "first": [5, [1.0, 0.5]], "second": [3, [1.0]]},
@@ -114,12 +121,19 @@ def test_a_state_says_what_it_always_said(stopped):
     assert read(stopped)[1] == metadata and len(stopped.read_bytes()) == len(before)
 
 
-def test_a_state_written_by_hand_resumes_bit_for_bit(stopped, tmp_path):
+def older(progress):
+    """The same, as it was written before there was a choice of layers and steps."""
+    settings = {k: v for k, v in SETTINGS.items() if k not in SETTINGS_SINCE}
+    return {k: v for k, v in progress.items() if k not in SINCE} | {"settings": settings}
+
+
+@pytest.mark.parametrize("progress", [PROGRESS, older(PROGRESS)], ids=["now", "before"])
+def test_a_state_written_by_hand_resumes_bit_for_bit(stopped, tmp_path, progress):
     straight = run(None)
     tensors, _ = read(stopped)
     for path in state_files(tmp_path):
         path.unlink()
-    write(stopped, tensors, PROGRESS)
+    write(stopped, tensors, progress)
     after = run(tmp_path)
     assert after[0].message == "resumed after 8 steps"
     assert [r.loss for r in after] == [r.loss for r in straight[-len(after) :]]
