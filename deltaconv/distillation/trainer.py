@@ -120,10 +120,11 @@ class _Run:
                 yield self._initialize(data)
                 self._save()
             if self.choose and training.replaced is None and not training.number:
-                yield self._choose(self.choose)
+                chosen = self._choose(self.choose)
                 # As many steps as the state of the initialization has.
                 self.checkpoints.saved = None
                 self._save()
+                yield chosen
             if training.stage == "layers":
                 yield from self._train(data)
                 self._end_layers(data)
