@@ -38,7 +38,7 @@ class DeltaConvApply(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     tooltip="Where in sampling the blocks begin to act; plain attention runs "
-                    "before.",
+                    "before. Weights can bring a start of their own: the later one counts.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -100,6 +100,12 @@ class DeltaConvApply(io.ComfyNode):
                 "Expected start_percent below end_percent, got "
                 f"{start_percent=} and {end_percent=}: the blocks would never act."
             )
+        if deltaconv.start >= end_percent:
+            raise ValueError(
+                f"Expected end_percent above {deltaconv.start:g}, from where on these weights act, "
+                f"got {end_percent=}: the blocks would never act."
+            )
+        start_percent = max(start_percent, deltaconv.start)
         gate = deltaconv.gate if gate == _OWN_GATE else gate
         model_sites = find_sites(model)
         check_fit(deltaconv, model_sites.dims, model_sites.family)

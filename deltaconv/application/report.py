@@ -57,6 +57,10 @@ def application_report(facts: ApplicationFacts) -> str:
         lines.append(
             f"acting from {start:.1%} to {end:.1%} of sampling; plain attention runs outside"
         )
+        if start and start == facts.weights.start:
+            lines.append(
+                f"the weights act from {100 * start:.3g}% of sampling on, as chosen when they were made"
+            )
     if facts.where_faster:
         lines.extend(choices_report(facts.chosen) or [_UNDECIDED])
     if facts.earlier:

@@ -9,6 +9,7 @@ and have string metadata:
     deltaconv.sites       JSON: site path → {"kernel": k, "scales": [...]}
     deltaconv.base_model  the model that the blocks were distilled from, in words
     deltaconv.training    JSON: how they were trained
+    deltaconv.start       share of sampling from which on they act; absent: 0
 
 Published files name them `<diffusers path>.conv1.<published tensor name>`, with prefixes in front,
 other weights beside them, and no metadata.
@@ -28,6 +29,7 @@ from safetensors.torch import save
 from ...kernels import GATES
 from ..families import FAMILIES, families_of
 from ..geometry import BlockGeometry, default_scales, read_geometry
+from ..start import EXPECTED, read_start, start_text
 from .header import Header, named, open_tensors, quoted, read_header, shortened
 from .keys import Blocks, network_order, own_keys, published_keys, refuse_published
 from .model import DeltaConvWeights, WeightsError, require_finite
@@ -49,6 +51,7 @@ class _Description(TypedDict):
     family: str
     base_model: str
     training: dict[str, object]
+    start: float
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ def write_weights(
         "deltaconv.base_model": weights.base_model,
         "deltaconv.training": json.dumps(dict(weights.training)),
     }
+    if weights.start:
+        metadata["deltaconv.start"] = start_text(weights.start)
     if long := [key for key, text in metadata.items() if len(text) > _LONGEST_RECORD]:
         raise WeightsError(
             f"Expected at most {_LONGEST_RECORD} characters of metadata, got more in "
@@ -221,12 +226,16 @@ def _describe(
             expected = f"{geometry.num_scales} scales in (0, 1] for {shortened(site)}"
             raise refuse(expected, values)
         scales[site] = tuple(float(value) for value in values)
+    start = read_start(metadata.get("deltaconv.start", "0"))
+    if start is None:
+        raise refuse(EXPECTED, metadata["deltaconv.start"])
     return {
         "gate": gate,
         "scales": scales,
         "family": family,
         "base_model": shortened(metadata.get("deltaconv.base_model", ""), _LONGEST_NAME),
         "training": _json_object(metadata, "deltaconv.training", refuse),
+        "start": start,
     }
 
 

@@ -1,7 +1,7 @@
 """DeltaConvWeights: blocks by site, in memory or read from a file on access."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from ..block import DeltaConvBlock
 from ..families import families_of
 from ..geometry import BlockGeometry, canonical_tensor
+from ..start import EXPECTED, is_start
 
 
 class WeightsError(ValueError):
@@ -22,7 +23,8 @@ class DeltaConvWeights:
 
     `tensors` maps site path → published tensor name → tensor, in any published layout; those of a
     file are read on access. `family` is "" where the weights do not name one; `base_model` and
-    `training` record their origin.
+    `training` record their origin. Blocks should act from `start` on, a share of sampling: before,
+    they were not trained or are not good enough.
     """
 
     sites: Mapping[str, BlockGeometry]
@@ -33,6 +35,11 @@ class DeltaConvWeights:
     base_model: str = ""
     training: Mapping[str, object] = field(default_factory=dict)
     source: str = ""
+    start: float = 0.0
+
+    def __post_init__(self):
+        if not is_start(self.start):
+            raise WeightsError(f"Expected {EXPECTED}, got {self.start}. Blocks would never act.")
 
     def __str__(self) -> str:
         # Shown by previews, also where a bypassed Apply ΔConv passes its input on.
@@ -59,6 +66,19 @@ class DeltaConvWeights:
     def parameters(self) -> int:
         """Number of parameters of all blocks together."""
         return sum(geometry.parameters for geometry in self.sites.values())
+
+    def only(self, sites: Iterable[str], start: float) -> "DeltaConvWeights":
+        """The blocks of these sites alone, in the order they stand in, to act from `start` on."""
+        wanted = set(sites)
+        parts = {
+            name: {site: of[site] for site in self.sites if site in wanted}
+            for name, of in (
+                ("sites", self.sites),
+                ("scales", self.scales),
+                ("tensors", self.tensors),
+            )
+        }
+        return replace(self, **parts, start=start)
 
     def state(self, site: str) -> dict[str, torch.Tensor]:
         """Published tensor name → tensor in the published layout.
@@ -105,6 +125,7 @@ def weights_of_blocks(
     base_model: str = "",
     training: Mapping[str, object] | None = None,
     source: str = "",
+    start: float = 0.0,
 ) -> DeltaConvWeights:
     """Weights that share the tensors of `blocks` (site path → block), as distillation makes them.
 
@@ -125,4 +146,5 @@ def weights_of_blocks(
         base_model=base_model,
         training=training or {},
         source=source,
+        start=start,
     )

@@ -21,6 +21,7 @@ from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from published import published_paths
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 KERNEL = 3
@@ -129,6 +130,33 @@ def test_plain_torch_layouts_are_read(tmp_path):
         assert all(torch.equal(state[name], tensor) for name, tensor in a.state(site).items())
 
 
+@given(st.floats(0, 1, exclude_max=True))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_start_is_kept_and_absent_where_blocks_always_act(own, start):
+    weights = replace(read_weights(own), start=start)
+    path = write_weights(weights, own.with_stem("late"), overwrite=True)
+    assert read_weights(path).start == start
+    with safe_open(path, "pt") as file:
+        assert ("deltaconv.start" in file.metadata()) == (start > 0)
+    assert read_weights(own).start == 0
+
+
+@pytest.mark.parametrize("start", [1.0, -0.1, float("nan"), float("inf")])
+def test_a_start_at_which_blocks_never_act_is_refused(own, start):
+    with pytest.raises(WeightsError, match="Blocks would never act"):
+        replace(read_weights(own), start=start)
+
+
+def test_some_blocks_alone_keep_what_they_are(own, tmp_path):
+    weights = read_weights(own)
+    site = next(iter(weights.sites))
+    some = read_weights(write_weights(weights.only([site], 0.3), tmp_path / "some.safetensors"))
+    assert (set(some.sites), some.scales[site]) == ({site}, weights.scales[site])
+    assert (some.start, some.family, some.base_model) == (0.3, "tiny", "β")
+    for name, tensor in weights.state(site).items():
+        assert torch.equal(some.state(site)[name], tensor)
+
+
 def test_a_metadata_entry_overrides_the_gate(tmp_path):
     path = save(tmp_path / "p.safetensors", published("sd1"), {"deltaconv.gate": "sigmoid"})
     assert read_weights(path).gate == "sigmoid"
@@ -222,6 +250,12 @@ def test_truncated_and_lying_headers_are_refused(own):
     [
         ({"deltaconv.format": "2"}, "format version 1"),
         ({"deltaconv.gate": "relu"}, "a gate out of"),
+        ({"deltaconv.start": "1"}, "a start of at least 0 and below 1"),
+        ({"deltaconv.start": "-0.1"}, "a start of at least 0 and below 1"),
+        ({"deltaconv.start": "nan"}, "a start of at least 0 and below 1"),
+        ({"deltaconv.start": "1e-1"}, "a start of at least 0 and below 1"),
+        ({"deltaconv.start": ""}, "a start of at least 0 and below 1"),
+        ({"deltaconv.start": "0." + "9" * 400}, "a start of at least 0 and below 1"),
         ({"deltaconv.sites": "["}, "JSON under"),
         ({"deltaconv.sites": "[" * 100_000}, "JSON under"),
         ({"deltaconv.sites": "[]"}, "JSON object"),

@@ -263,6 +263,19 @@ def test_percent_range(base, weights, start, end, acting):
         assert not torch.equal(result, sample(base, (8, 8), steps=4))
 
 
+def test_weights_act_from_their_own_start_or_a_later_one(base, weights):
+    late = replace(weights, start=0.4)
+    for start, acting in ((0.0, 2), (0.2, 2), (0.7, 1)):
+        patched, report = apply(base, late, start_percent=start)
+        calls = block_calls(patched)
+        sample(patched, (8, 8), steps=4)
+        assert len(calls) == acting * len(weights.sites)
+        why = "the weights act from 40% of sampling on, as chosen when they were made"
+        assert (why in report.splitlines()) == (start < 0.4)
+    with pytest.raises(ValueError, match=r"Expected end_percent above 0\.4, from where"):
+        apply(base, late, end_percent=0.4)
+
+
 def test_outside_the_range_the_model_is_stock(base, weights):
     patched, _ = apply(base, weights, start_percent=0.4, end_percent=0.6)
     assert torch.equal(sample(patched, steps=4), sample(base, steps=4))
