@@ -8,11 +8,13 @@ from fractions import Fraction
 from ..families import FAMILIES, family_title
 from ..flops import attention_flops, block_flops
 from ..geometry import BlockPlan
+from ..start import EXPECTED, is_start, read_start, start_text
 from .report import KERNELS, LocalityReport, SiteLocality
 
 PRESETS = ("measured", "published", "budget")
 # Largest error at which a layer that looks by picture is replaced.
 TOLERATED_ERROR = 0.01
+_START = "start"
 
 
 class RecipeError(ValueError):
@@ -23,12 +25,18 @@ class RecipeError(ValueError):
 class Recipe:
     """Site path → its block, None where attention stays, in network order.
 
-    `notes` say per site why, `about` what the recipe comes from.
+    `notes` say per site why, `about` what the recipe comes from. Blocks act from `start` on, a
+    share of sampling.
     """
 
     blocks: Mapping[str, BlockPlan | None]
     about: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    start: float = 0.0
+
+    def __post_init__(self):
+        if not is_start(self.start):
+            raise RecipeError(f"Expected {EXPECTED}, got {self.start}. Blocks would never act.")
 
     @property
     def replaced(self) -> dict[str, BlockPlan]:
@@ -36,8 +44,10 @@ class Recipe:
         return {path: block for path, block in self.blocks.items() if block}
 
     def to_text(self) -> str:
-        """One line per site, which `parse_recipe` reads back."""
+        """One line per site, and one for a start, which `parse_recipe` reads back."""
         lines = [f"# {line}" for line in self.about.splitlines()]
+        if self.start:
+            lines.append(f"{_START}: {start_text(self.start)}")
         for path, block in self.blocks.items():
             what = "keep"
             if block:
@@ -51,11 +61,13 @@ class Recipe:
 def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
     """Text of lines `path: keep` or `path: replace kernel=9 scales=1,1/2` → Recipe.
 
-    `#` starts a comment. If `sites` are given, those that the text does not name are kept. Raises
+    A line `start: 0.3` says from where in sampling blocks act; no site can be called start. `#`
+    begins a comment. If `sites` are given, those that the text does not name are kept. Raises
     RecipeError with line and reason, also for other paths than these.
     """
     blocks: dict[str, BlockPlan | None] = {}
     notes, lines_of = {}, {}
+    start = 0.0
     for number, line in enumerate(text.splitlines(), start=1):
         content, _, note = line.partition("#")
         if not content.strip():
@@ -63,11 +75,15 @@ def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
         path, colon, rest = (part.strip() for part in content.partition(":"))
         if not colon:
             raise _refuse(number, "`site: keep` or `site: replace kernel=… scales=…`", line.strip())
-        if path in blocks:
+        if path in lines_of:
             raise _refuse(number, f"each site once, first in line {lines_of[path]}", path)
+        lines_of[path] = number
+        if path == _START:
+            start = _start(number, rest)
+            continue
         if sites is not None and path not in sites:
             raise _refuse(number, f"one of the {len(sites)} sites of this model", path)
-        blocks[path], lines_of[path] = _block(number, rest), number
+        blocks[path] = _block(number, rest)
         if note.strip():
             notes[path] = note.strip()
     if sites is not None:
@@ -75,7 +91,7 @@ def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
     if not blocks:
         raise RecipeError("Expected a recipe with at least one line `site: …`, got none.")
     about = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
-    return Recipe(blocks, "\n".join(about), notes)
+    return Recipe(blocks, "\n".join(about), notes, start)
 
 
 def make_recipe(report: LocalityReport, preset: str, computation: float) -> Recipe:
@@ -198,6 +214,12 @@ def recipe_computation(report: LocalityReport, recipe: Recipe) -> float:
         for path, site in report.sites.items()
     )
     return after / stock
+
+
+def _start(number: int, text: str) -> float:
+    if (start := read_start(text)) is None:
+        raise _refuse(number, EXPECTED, text)
+    return start
 
 
 def _block(number: int, text: str) -> BlockPlan | None:

@@ -110,11 +110,13 @@ blocks = (
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(blocks, min_size=3, max_size=3))
-def test_text_is_read_back(chosen):
-    recipe = Recipe(dict(zip((DOWN, MIDDLE, UP), chosen, strict=True)), "about", {UP: "why"})
+@given(st.lists(blocks, min_size=3, max_size=3), st.floats(0, 1, exclude_max=True))
+def test_text_is_read_back(chosen, start):
+    plans = dict(zip((DOWN, MIDDLE, UP), chosen, strict=True))
+    recipe = Recipe(plans, "about", {UP: "why"}, start)
     again = parse_recipe(recipe.to_text(), (DOWN, MIDDLE, UP))
     assert again.to_text() == recipe.to_text()
+    assert again.start == start
     for path, block in again.blocks.items():
         expected = recipe.blocks[path]
         assert (block is None) == (expected is None)
@@ -128,9 +130,29 @@ def test_sites_that_the_text_leaves_out_are_kept():
     assert recipe.blocks == {DOWN: None, MIDDLE: None, UP: BlockPlan(9)}
 
 
+def test_the_start_is_a_line_of_its_own():
+    recipe = parse_recipe(f"{UP}: replace kernel=9\nstart: 0.3  # from here on", (DOWN, MIDDLE, UP))
+    assert recipe.start == 0.3 and set(recipe.blocks) == {DOWN, MIDDLE, UP}
+    assert recipe.to_text().startswith("start: 0.3\n")
+    always = parse_recipe(f"{UP}: replace kernel=9")
+    assert always.start == 0 and "start" not in always.to_text()
+    with pytest.raises(RecipeError, match="at least one line `site: …`"):
+        parse_recipe("start: 0.3")
+    with pytest.raises(RecipeError, match="Blocks would never act"):
+        Recipe({UP: None}, start=1.0)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
+        (f"{UP}: keep\nstart: 1", 2, "expected a start of at least 0 and below 1"),
+        ("start: -0.1", 1, "expected a start of at least 0 and below 1"),
+        ("start: nan", 1, "expected a start of at least 0 and below 1"),
+        ("start: 30%", 1, "expected a start of at least 0 and below 1"),
+        ("start:", 1, "expected a start of at least 0 and below 1"),
+        ("start: keep", 1, "expected a start of at least 0 and below 1"),
+        ("start: replace kernel=9", 1, "expected a start of at least 0 and below 1"),
+        (f"start: 0.1\n{UP}: keep\nstart: 0.2", 3, "once, first in line 1"),
         (f"{UP} replace", 1, "expected `site: keep`"),
         (f"# one\n\n{UP}: swap", 3, "expected keep, or replace"),
         (f"{UP}: keep kernel=3", 1, "expected keep, or replace"),
