@@ -122,13 +122,15 @@ def sample(
     steps: int = 30,
     cfg: float = 4.0,
     visit: Visit | None = None,
+    start: float = 0.0,
     points: list[Point] | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> torch.Tensor:
     """noise [B, C, H, W] → latents [B, C, H, W] by Euler steps in sigma (DDIM for an ε-model).
 
-    Steps are uniform in position. `points` collects one Point per step; at `cfg` 1 its
-    unconditional prediction is the conditional one. `progress` hears the number of steps done.
+    Steps are uniform in position; those before `start` go without `visit`. `points` collects one
+    Point per step; at `cfg` 1 its unconditional prediction is the conditional one. `progress` hears
+    the number of steps done.
     """
     levels = noise_levels(teacher, steps)
     x = noise.to(teacher.device)
@@ -136,10 +138,11 @@ def sample(
     x = teacher.noised(torch.zeros_like(x), x, torch.full((batch,), levels[0], device=x.device))
     for step, (level, following) in enumerate(pairwise(levels)):
         sigma = torch.full((batch,), level, device=x.device)
-        conditional = teacher.predict(x, sigma, conditions, visit)
+        seen = visit if step / steps >= start else None
+        conditional = teacher.predict(x, sigma, conditions, seen)
         free = conditional
         if cfg != 1:
-            free = teacher.predict(x, sigma, [unconditional] * batch, visit)
+            free = teacher.predict(x, sigma, [unconditional] * batch, seen)
         predicted = Prediction(conditional, free)
         if points is not None:
             points.append(Point(x, sigma, predicted))
