@@ -30,6 +30,7 @@ COMMANDS = {
     "lint": "check style, formatting, import contracts and types",
     "lock": "write the versions that set-up installs anew; --upgrade takes the newest",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",
+    "measures": "find which figure ranks students of the demo as their pictures do",
     "release": "say what still keeps this version from being published",
     "selftest": "compare the kernels with their definition on this machine's device",
     "serve": "start ComfyUI with the pack loaded, for your browser",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .host.distill_inputs import DistillInputs
 
 KERNELS = ("published, else by size", "by size")
+CHOICES = ("balanced", "faithful", "fastest")
 # The widget's option → the preset whose losses it stands for.
 LOSSES = {"ours": "default", "published": "paper", "authors' code (SD1.5)": "code-sd15"}
 
@@ -38,6 +39,16 @@ class DeltaConvDistill(io.ComfyNode):
                     "recipe",
                     optional=True,
                     tooltip="Which layers to replace, with which kernel; none: all, by the preset.",
+                ),
+                io.Combo.Input(
+                    "choice",
+                    options=list(CHOICES),
+                    default=CHOICES[0],
+                    optional=True,
+                    tooltip="Which layers and steps get blocks where no recipe is connected; the "
+                    "others keep attention and are not trained. balanced: the least error that "
+                    "saves 60% of the time that blocks everywhere save. faithful: 30%. fastest: "
+                    "every layer, every step.",
                 ),
                 io.Combo.Input("kernels", options=list(KERNELS), default=KERNELS[0]),
                 io.Latent.Input(

@@ -59,6 +59,7 @@ def weights_of(
         family=teacher.family,
         base_model=teacher.base_model,
         training={"settings": settings.to_mapping(), **training},
+        start=student.start,
     )
 
 

@@ -17,7 +17,7 @@ class DistillationReport:
         self._images: dict[str, float] = {}
         self._worst: list[tuple[str, float]] = []
         self._messages: list[str] = []
-        self._data = ""
+        self._data = self._choice = ""
 
     def add(self, record: Record) -> None:
         """Add one record."""
@@ -44,6 +44,10 @@ class DistillationReport:
             else f"own samples: {reused} of {count} reused from an earlier run"
         )
 
+    def chosen(self, sentence: str) -> None:
+        """Tell which layers and steps were chosen."""
+        self._choice = sentence
+
     def text(self, folder: Path | None, seconds: float) -> str:
         """The report after `seconds` in all."""
         lines = [self._data] if self._data else []
@@ -52,6 +56,8 @@ class DistillationReport:
                 "informed initialization: mean relative error of the layers on held-out "
                 f"draws {self._initial:.4f}"
             )
+        if self._choice:
+            lines.append(f"choice: {self._choice}")
         for stage, losses in self._losses.items():
             tail = max(1, len(losses) // 10)
             first, last = sum(losses[:tail]) / tail, sum(losses[-tail:]) / tail

@@ -1,7 +1,7 @@
 """Distillation settings: stages, optimizer, losses, validation."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -143,6 +143,14 @@ class DistillationSettings:
     def stage(self, name: StageName) -> StageSettings:
         """The settings of one stage."""
         return self.layers if name == "layers" else self.joint
+
+    def unguided(self) -> "DistillationSettings":
+        """The same for a model without an empty prompt: the teacher loss for the guided one."""
+        losses = dict(self.losses)
+        guided = losses.pop("guided", 0.0)
+        if guided:
+            losses["teacher"] = losses.get("teacher", 0.0) + guided
+        return replace(self, unconditional=0.0, losses=losses)
 
     @classmethod
     def from_mapping(cls, mapping: object) -> "DistillationSettings":

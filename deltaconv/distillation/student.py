@@ -19,7 +19,10 @@ _LINEAR_WEIGHT = re.compile(r"(?:^|\.)conv_(?:up|out|pool)\.weight$")
 
 
 class Student:
-    """Blocks by site as float32 masters on `device`, with an exponential moving average."""
+    """Blocks by site as float32 masters on `device`, with an exponential moving average.
+
+    `start` is the share of sampling from which on they act.
+    """
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class Student:
         self.precision = settings.precision
         self.device = device
         self.ema_decay = settings.ema
+        self.start = settings.start
         self.averaged = 0
         self.ema: dict[str, torch.Tensor] = {}
         self.restart_average()
@@ -50,8 +54,9 @@ class Student:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return self.blocks[site](x.float())
 
-    def keep(self, sites: Collection[str]) -> None:
-        """Drop the blocks of all other sites: attention stays there."""
+    def keep(self, sites: Collection[str], start: float) -> None:
+        """Drop the blocks of all other sites, where attention stays, as it does before `start`."""
+        self.start = start
         self.blocks = {site: block for site, block in self.blocks.items() if site in sites}
         self.ema = {name: self.ema[name] for name in self.parameters}
 

@@ -207,7 +207,7 @@ class _Run:
             position=self.training.position,
             unconditional=self.settings.unconditional,
             trajectory_share=self.settings.trajectory_share if data.trajectories else 0.0,
-            start=self.training.start,
+            start=self.training.student.start,
         )
 
     def _losses(self, batch: Batch, joint: bool) -> dict[str, float]:
@@ -221,7 +221,7 @@ class _Run:
 
     def _replay(self, data: Dataset):
         layers = self.settings.layers
-        start = self.training.start
+        start = self.training.student.start
         return replay_of(
             self.teacher, data, self.settings, lambda: self.memory.parts(layers), start
         )

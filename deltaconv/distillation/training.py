@@ -23,9 +23,8 @@ class Training:
         self.stage: StageName = "layers"
         # Steps of the stage, draws from the data, and steps of all stages.
         self.step = self.position = self.number = 0
-        # What was chosen: the sites with blocks, and the share of sampling from which on they act.
+        # The sites that were chosen, if that was done.
         self.replaced: tuple[str, ...] | None = None
-        self.start = settings.start
         # False while weights, optimizer and counters belong to different steps.
         self.whole = True
         # The loss of every training step so far, across resumed runs.
@@ -57,8 +56,8 @@ class Training:
 
     def choose(self, replaced: Collection[str], start: float) -> None:
         """Go on with the blocks of these sites alone, for the steps from `start` on."""
-        self.student.keep(replaced)
-        self.replaced, self.start = tuple(self.student.blocks), start
+        self.student.keep(replaced, start)
+        self.replaced = tuple(self.student.blocks)
         self.restart_optimizer()
 
     def begin_joint(self) -> None:
@@ -96,7 +95,7 @@ class Training:
             scaler=self.optimizer.scaler.state_dict(),
             settings=self.settings.to_mapping(),
             replaced=self.replaced,
-            start=self.start,
+            start=self.student.start,
         )
         return State(tensors, progress)
 

@@ -37,6 +37,7 @@ class DistillInputs:
     folder: str = ""
     recipe: Recipe | None = None
     start: DeltaConvWeights | None = None
+    choice: str = "fastest"
     # A CONDITIONING, and a CLIP of the host.
     unconditional: Sequence | None = None
     clip: object | None = None

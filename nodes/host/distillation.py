@@ -25,7 +25,9 @@ from ...deltaconv.distillation.report import DistillationReport
 from ...deltaconv.families import FAMILIES, native_latent
 from ...deltaconv.geometry import BlockPlan
 from ...deltaconv.weights.compatibility import check_fit
+from .choose import FASTEST
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
+from .distill_choice import Chooser, chooser
 from .distill_inputs import DistillInputs
 from .folders import SAMPLES, output_folder
 from .preview import LivePreview
@@ -40,10 +42,11 @@ def run(model, latents: Sequence[dict], positive: Sequence, inputs: DistillInput
     with torch.inference_mode(False), torch.enable_grad():
         settings = inputs.settings()
         teacher = ComfyTeacher(model, differentiable=settings.joint.steps > 0, name=_name(model))
-        return _distil(teacher, settings, latents, positive, inputs)
+        return _distil(model, teacher, settings, latents, positive, inputs)
 
 
 def _distil(
+    model,
     teacher: ComfyTeacher,
     settings: DistillationSettings,
     latents: Sequence[dict],
@@ -59,10 +62,21 @@ def _distil(
     # Before the teacher is loaded: a CLIP that needs its memory would push it out again.
     conditions, empty = _conditions(teacher, positive, inputs)
     if empty is None:
-        settings = replace(settings, unconditional=0.0)
+        settings = settings.unguided()
+    if inputs.recipe is not None:
+        settings = replace(settings, start=inputs.recipe.start)
     report = DistillationReport()
     preview = LivePreview(teacher, settings, inputs.preview_every, name)
     given = latents_of(teacher, latents)
+    shape = given[0].shape if given else _sample_shape(teacher, inputs)
+    choice = None
+    # A recipe, and weights to go on from, are a choice already.
+    if inputs.choice != FASTEST and inputs.recipe is None and start is None:
+        choice = _chooser(model, teacher, recipe, gate, shape, conditions, empty, inputs)
+        if choice is None:
+            report.chosen("no block is faster than attention at this size: all are distilled")
+        else:
+            choice.said, choice.progress = report.chosen, preview.choosing
 
     def data() -> Dataset:
         preview.dataset = (
@@ -90,6 +104,7 @@ def _distil(
             settings,
             gate=gate,
             start={site: start.block(site).float() for site in start.sites} if start else None,
+            choose=choice,
             folder=folder,
             progress=preview.initialized,
         )
@@ -155,15 +170,13 @@ def _own_samples(
     inputs: DistillInputs,
     **heard: Any,
 ) -> Dataset:
-    side = inputs.sample_size or native_latent(teacher.family)
-    channels = teacher.patcher.model.latent_format.latent_channels
     layers, unconditional = settings.layers, empty or conditions[0]
     return own_samples(
         teacher,
         conditions,
         [digest_of(entry) for entry in conditions],
         unconditional,
-        (channels, side, side),
+        _sample_shape(teacher, inputs),
         count=inputs.samples,
         cfg=4.0 if empty else 1.0,
         seed=_SAMPLES_SEED,
@@ -171,7 +184,30 @@ def _own_samples(
         cache=_base() / SAMPLES,
         max_bytes=inputs.samples_mb * 2**20,
         unconditional_name=digest_of(unconditional),
+        predicted=bool(settings.losses.get("guided")),
         **heard,
+    )
+
+
+def _sample_shape(teacher: ComfyTeacher, inputs: DistillInputs) -> tuple[int, int, int]:
+    side = inputs.sample_size or native_latent(teacher.family)
+    return (teacher.patcher.model.latent_format.latent_channels, side, side)
+
+
+def _chooser(
+    model, teacher, recipe, gate, shape, conditions, empty, inputs: DistillInputs
+) -> Chooser | None:
+    return chooser(
+        model,
+        teacher,
+        recipe,
+        gate,
+        tuple(shape),
+        conditions=conditions,
+        unconditional=empty,
+        wanted=inputs.choice,
+        seed=_SAMPLES_SEED,
+        said=lambda text: None,
     )
 
 

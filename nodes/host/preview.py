@@ -55,6 +55,13 @@ class LivePreview:
         self._move(round(100 * share), 100)
         self._say(self.at)
 
+    def choosing(self, share: float) -> None:
+        """Show the share of the choice of layers done; raises if the queue was interrupted."""
+        self.at = f"choosing layers {share:.0%}"
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._move(round(100 * share), 100)
+        self._say(self.at)
+
     def show(self, record: Record) -> None:
         """Advance the bar; draw the student's samples every `every` steps."""
         done = 1 + record.step if record.stage == "layers" else record.step
@@ -135,7 +142,10 @@ class LivePreview:
         if not self.pictures:
             teachers = sample(*arguments, steps=_STEPS, cfg=cfg)
             self.pictures = [self._decode(latent) for latent in teachers]
-        students = sample(*arguments, steps=_STEPS, cfg=cfg, visit=record.student.visit)
+        student = record.student
+        students = sample(
+            *arguments, steps=_STEPS, cfg=cfg, visit=student.visit, start=student.start
+        )
         pairs = list(zip(self.pictures, map(self._decode, students), strict=True))
         layers = len(record.history) - (record.step if record.stage == "joint" else 0)
         losses = [

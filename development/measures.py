@@ -1,4 +1,4 @@
-"""`python dev.py measure_study`: which figure ranks students as their pictures do.
+"""`python dev.py measures`: which figure ranks students as their pictures do.
 
 Over thirty students of the demo teacher: initialized, packaged and briefly trained ones, with
 attention kept in layers and steps, mixed, scaled and disturbed. Each is measured by every candidate
@@ -35,7 +35,7 @@ class Subject:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py measure_study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dev.py measures", description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "measure-study.json")
     options = parser.parse_args(argv)
     with entered(chosen_tree()):
