@@ -109,6 +109,7 @@ class DeltaConvEvaluate(io.ComfyNode):
                     steps=steps,
                     cfg=cfg if negative else 1.0,
                     levels=levels,
+                    start=deltaconv.start,
                     progress=bar.update_absolute,
                 )
                 latents = [teacher.latents_out(x) for x in (result.teacher, result.student)]

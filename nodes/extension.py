@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import DeltaConvApply
 from .benchmark import DeltaConvBenchmark
+from .choose import DeltaConvChoose
 from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
 from .distill import DeltaConvDistill
@@ -32,6 +33,7 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvLocality,
             DeltaConvSaveLocality,
             DeltaConvRecipe,
+            DeltaConvChoose,
             DeltaConvDistill,
             DeltaConvEvaluate,
             DeltaConvSelfTest,

@@ -59,7 +59,8 @@ def application_report(facts: ApplicationFacts) -> str:
         )
         if start and start == facts.weights.start:
             lines.append(
-                f"the weights act from {100 * start:.3g}% of sampling on, as chosen when they were made"
+                f"the weights act from {100 * start:.3g}% of sampling on, as chosen when they were "
+                "made"
             )
     if facts.where_faster:
         lines.extend(choices_report(facts.chosen) or [_UNDECIDED])

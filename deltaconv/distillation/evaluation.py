@@ -59,12 +59,14 @@ def evaluate(
     steps: int = 20,
     cfg: float = 4.0,
     levels: int = 8,
+    start: float = 0.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Sample teacher and student for every condition and seed, then compare ε̂ on noised samples.
 
     `shape` is a latent's [C, H, W]. Pictures of equal seeds start from equal noise; ε̂ is compared
-    on the teacher's own pictures, noised to `levels` levels.
+    on the teacher's own pictures, noised to `levels` levels. The student samples with blocks from
+    `start` on; errors are of every level.
     """
     blocks = {site: block.to(teacher.device).eval() for site, block in blocks.items()}
     student = in_place_of_attention(blocks)
@@ -74,9 +76,8 @@ def evaluate(
     for done, (condition, seed) in enumerate(pairs):
         noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
         for index, (name, visit) in enumerate((("teacher", None), ("student", student))):
-            picture = sample(
-                teacher, [condition], unconditional, noise, steps=steps, cfg=cfg, visit=visit
-            )
+            arguments = (teacher, [condition], unconditional, noise)
+            picture = sample(*arguments, steps=steps, cfg=cfg, visit=visit, start=start)
             drawn[name].append(picture.cpu())
             progress(2 * done + index + 1, total)
     pictures = torch.cat(drawn["teacher"])

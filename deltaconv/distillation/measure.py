@@ -43,13 +43,25 @@ class GuidedPath:
             for point, (before, after) in zip(self.points, pairwise(levels), strict=True)
         ]
 
+    @torch.no_grad()
+    def sampled(self, teacher: Teacher, visit: Visit, step: int = 0) -> torch.Tensor:
+        """The latents [B, C, H, W] that sampling with `visit` from `step` on ends at."""
+        x = self.points[step].x
+        levels = noise_levels(teacher, len(self.points))[step:]
+        for before, after in pairwise(levels):
+            sigma = torch.full((len(x),), before, device=x.device)
+            x = x + (after - before) * self._guided(teacher, visit, x, sigma)
+        return x
+
+    def _guided(self, teacher: Teacher, visit: Visit, x: torch.Tensor, sigma: torch.Tensor):
+        if self.cfg == 1:
+            return teacher.predict(x, sigma, self.conditions, visit)
+        arguments = (x, sigma, self.conditions, self.unconditional, visit)
+        return predict_both(teacher, *arguments).guided(self.cfg)
+
     def _error(self, teacher: Teacher, visit: Visit, point: Point, step: float) -> float:
         x, sigma, expected = point
-        if self.cfg == 1:
-            got = teacher.predict(x, sigma, self.conditions, visit)
-        else:
-            arguments = (x, sigma, self.conditions, self.unconditional, visit)
-            got = predict_both(teacher, *arguments).guided(self.cfg)
+        got = self._guided(teacher, visit, x, sigma)
         error = (got - expected.guided(self.cfg)).square().mean()
         return float(step**2 * error / x.square().mean().clamp_min(1e-12))
 
