@@ -8,7 +8,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...deltaconv import DeltaConvBlock
-from ...deltaconv.distillation.choice import ChoicePoint, SiteCost, choose, trade_off
+from ...deltaconv.distillation.choice import ChoicePoint, SiteCost, choose
+from ...deltaconv.distillation.choice_search import trade_off
 from ...deltaconv.distillation.measure import guided_path
 from ...deltaconv.distillation.settings import new_blocks
 from ...deltaconv.geometry import BlockPlan

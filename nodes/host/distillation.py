@@ -20,12 +20,12 @@ from ...deltaconv.distillation import (
     weights_of,
 )
 from ...deltaconv.distillation.checkpoint import saved_seed, saved_steps
+from ...deltaconv.distillation.choice import FASTEST
 from ...deltaconv.distillation.own_samples import own_samples
 from ...deltaconv.distillation.report import DistillationReport
 from ...deltaconv.families import FAMILIES, native_latent
 from ...deltaconv.geometry import BlockPlan
 from ...deltaconv.weights.compatibility import check_fit
-from .choose import FASTEST
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
 from .distill_choice import Chooser, chooser
 from .distill_inputs import DistillInputs
