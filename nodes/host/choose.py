@@ -97,7 +97,7 @@ def choose_layers(
         request.name,
         tuple(teacher.dims),
         counted,
-        f"{prompts} prompt{'s' if prompts > 1 else ''}, {steps} steps, {guidance}, seed "
+        f"{prompts} prompt{'s' * (prompts > 1)}, {steps} step{'s' * (steps > 1)}, {guidance}, seed "
         f"{request.seed}",
     )
     return facts, _decoded(teacher, path, measured, named, decode)

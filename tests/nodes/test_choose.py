@@ -130,7 +130,7 @@ def test_every_prompt_is_measured_and_the_first_are_shown(costs, model, weights)
     vae = Vae()
     prompts = [*condition("red apple"), *condition("octopus"), *condition("purple heart")]
     report = run(model, weights, positive=prompts, vae=vae, steps=1)[3]
-    assert "3 prompts, 1 steps, CFG 4, seed 0" in report
+    assert "3 prompts, 1 step, CFG 4, seed 0" in report
     assert vae.batches and set(vae.batches) == {2}
 
 

@@ -58,6 +58,7 @@ def main() -> None:
 def given(torch) -> dict:
     import comfy.utils
     from comfyui_deltaconv.nodes.benchmark import DeltaConvBenchmark
+    from comfyui_deltaconv.nodes.choose import DeltaConvChoose
     from comfyui_deltaconv.nodes.compare import DeltaConvCompare
     from comfyui_deltaconv.nodes.demo import DeltaConvDemoModel, DeltaConvDemoPrompt
     from comfyui_deltaconv.nodes.distill import DeltaConvDistill
@@ -84,6 +85,9 @@ def given(torch) -> dict:
         "evaluate": DeltaConvEvaluate.execute(
             model, weights, positive, latent=latent, seeds="1", steps=1, levels=1
         ).args,
+        "choose": DeltaConvChoose.execute(
+            model, weights, positive, latent={"samples": torch.zeros(1, 3, 32, 32)}, steps=1
+        ).args[2:],
         "benchmark": DeltaConvBenchmark.execute(
             model, weights, "16", batch=1, repeats=1, seconds=0.1
         ).args,
