@@ -13,10 +13,8 @@ from ..pictures.sheet import sheet, stacked
 from .choice import ChoicePoint, TradeOff
 
 _TILE = 176
-# Labels right of this would leave the axes.
-_RIGHTMOST = 0.85
-# Of a label: in shares of the time, and in points.
-_LABEL_WIDTH, _LABEL_HEIGHT = 0.2, 26
+# Of a label, in shares of the axes.
+_LABEL_WIDTH, _LABEL_HEIGHT = 0.22, 0.15
 
 
 class Sampled(NamedTuple):
@@ -72,7 +70,7 @@ def choice_curve(measured: TradeOff, named: Mapping[str, ChoicePoint], chosen: s
     mark = {"color": ORANGE, "markersize": 10, "zorder": 4, "label": "chosen"}
     axes.plot(100 * point.saved, point.decibels, "D", **mark)
     axes.set_xlim(left, 104)
-    axes.set_ylim(decibels[-1] - 0.3 * height, decibels[0] + 0.25 * height)
+    axes.set_ylim(decibels[-1] - 0.3 * height, decibels[0] + 0.05 * height)
     axes.set_xticks([share for share in range(0, 101, 10) if share > left])
     _label(axes, named)
     axes.set_xlabel("time saved, % of what blocks in every layer and step save")
@@ -84,24 +82,27 @@ def choice_curve(measured: TradeOff, named: Mapping[str, ChoicePoint], chosen: s
 
 
 def _label(axes, named: Mapping[str, ChoicePoint]) -> None:
-    """Name and figures right above each point, those of neighbors above each other."""
+    """Names and figures in rows above the curve, each over its point and joined to it."""
     names: dict[ChoicePoint, list[str]] = {}
     for name, point in named.items():
         names.setdefault(point, []).append(name)
-    before, lift = None, 0
-    # From the right, where the curve is lowest: labels rise to the left as it does.
-    for point in sorted(names, key=lambda point: -point.saved):
-        near = before is not None and before.saved - point.saved < _LABEL_WIDTH
-        lift = lift + _LABEL_HEIGHT if near else 0
-        axes.annotate(
-            f"{', '.join(names[point])}\n{100 * point.saved:.0f}% saved, {point.decibels:.1f} dB",
-            (100 * point.saved, point.decibels),
-            xytext=(12 if point.saved < _RIGHTMOST else -46, 14 + lift),
-            textcoords="offset points",
-            fontsize=8.5,
-            arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.7},
-        )
-        before = point
+    left, right = axes.get_xlim()
+    low, top = axes.get_ylim()
+    # Where the last label of each row ends.
+    ends: list[float] = []
+    for point in sorted(names, key=lambda point: point.saved):
+        x, half = 100 * point.saved, _LABEL_WIDTH / 2 * (right - left)
+        middle = min(max(x, left + half), right - half)
+        row = next((row for row, end in enumerate(ends) if end <= middle - half), len(ends))
+        ends[row : row + 1] = [middle + half]
+        y = top + (0.35 + row) * _LABEL_HEIGHT * (top - low)
+        text = f"{', '.join(names[point])}\n{x:.0f}% saved, {point.decibels:.1f} dB"
+        # White behind it hides the grid.
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        style = {"ha": "center", "va": "bottom", "fontsize": 8.5, "zorder": 5}
+        axes.text(middle, y, text, bbox=behind, **style)
+        axes.plot([x, x], [point.decibels, y], ":", color=GRAY, linewidth=0.9, zorder=1)
+    axes.set_ylim(low, top + (0.5 + len(ends)) * _LABEL_HEIGHT * (top - low))
 
 
 def _pictures(sampled: Sequence[Sampled]) -> Image.Image:

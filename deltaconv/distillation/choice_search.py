@@ -183,7 +183,7 @@ def falling_ratios(numerators: Sequence[float], denominators: Sequence[float]) -
         pools.append((top, max(bottom, _LEAST_ERROR), 1))
         while len(pools) > 1 and pools[-2][0] / pools[-2][1] < pools[-1][0] / pools[-1][1]:
             last, before = pools.pop(), pools.pop()
-            pools.append(tuple(a + b for a, b in zip(before, last, strict=True)))
+            pools.append((before[0] + last[0], before[1] + last[1], before[2] + last[2]))
     return [max(0.0, top / bottom) for top, bottom, count in pools for _ in range(count)]
 
 

@@ -1,12 +1,12 @@
 """The choice of layers and steps: what is measured, what is chosen, what is refused."""
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv.block import DeltaConvBlock
-from comfyui_deltaconv.deltaconv.distillation import in_place_of_attention
+from comfyui_deltaconv.deltaconv.distillation import in_place_of_attention, sample
 from comfyui_deltaconv.deltaconv.distillation.choice import (
     SHARES,
     ChoicePoint,
@@ -16,6 +16,7 @@ from comfyui_deltaconv.deltaconv.distillation.choice import (
     pareto,
     share_saved,
 )
+from comfyui_deltaconv.deltaconv.distillation.choice_plot import choice_curve
 from comfyui_deltaconv.deltaconv.distillation.choice_search import falling_ratios, trade_off
 from comfyui_deltaconv.deltaconv.distillation.measure import guided_path
 from hypothesis import given, settings
@@ -147,6 +148,36 @@ def test_progress_rises_to_its_end(teacher):
 def test_costs_that_decide_nothing_are_refused(teacher, costs, sentence):
     with pytest.raises(ValueError, match=sentence):
         trade_off(toy_path(teacher), teacher, toy_blocks(), costs)
+
+
+def test_blocks_that_start_late_are_sampled_as_along_the_path(teacher):
+    path, visit = toy_path(teacher), in_place_of_attention(toy_blocks())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 3, SIZE, SIZE, generator=generator)
+    arguments = (teacher, path.conditions, path.unconditional, noise)
+    for step in range(STEPS):
+        latents = sample(*arguments, steps=STEPS, cfg=2.0, visit=visit, start=step / STEPS)
+        torch.testing.assert_close(latents, path.sampled(teacher, visit, step))
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.integers(5, 100), min_size=1, max_size=4, unique=True), st.integers(0, 3))
+def test_labels_of_the_curve_lie_apart_and_within_it(shares, chosen):
+    points = [ChoicePoint(("a",), 0.0, share / 100, share**2 / 1e5) for share in shares]
+    named = dict(zip(["balanced", "fastest", "faithful", "own share"], points, strict=False))
+    measured = TradeOff({point: torch.zeros(1) for point in points}, {}, {}, [], 0)
+    figure = choice_curve(measured, named, list(named)[chosen % len(named)])
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == len(points)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    whole = axes.get_window_extent()
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 for box in boxes)
+    assert all(box.y1 <= whole.y1 for box in boxes)
+    # Above the curve, which they never cover.
+    top = max(point.decibels for point in points)
+    assert min(box.y0 for box in boxes) > axes.transData.transform((0, top))[1]
 
 
 @pytest.mark.parametrize("wanted", ["best", 0, -0.1, 1.1, float("nan")])
