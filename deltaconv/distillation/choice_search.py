@@ -22,6 +22,7 @@ from .choice import (
     pareto,
     saves,
     share_saved,
+    total_saved,
 )
 from .measure import GuidedPath
 from .teacher import Teacher, in_place_of_attention
@@ -30,6 +31,8 @@ from .teacher import Teacher, in_place_of_attention
 _ROUNDS = 10
 # Starts that are tried, and shares of the time that proposals are made for.
 _STARTS, _PROPOSALS = 10, 15
+# Share of the time that layers must save, together, to be measured in a quick search.
+_NEGLIGIBLE = 0.02
 # Below this an error is rounding.
 _LEAST_ERROR = 1e-12
 
@@ -44,6 +47,7 @@ def trade_off(
     *,
     wanted: float = LEAST_SAVED,
     earliest: float = 0.0,
+    quick: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TradeOff:
     """Sample blocks in all layers that they make faster, and in ever fewer, from every start.
@@ -53,22 +57,30 @@ def trade_off(
     promise most: with L layers at most 3 L + 12 sets along the path, beside the samplings, of which
     there are at most 30. Blocks act from `earliest` or later. `progress` hears (done, most). Raises
     ValueError where costs are missing, no block is faster, or no step begins after `earliest`.
+
+    `quick` takes a third of the time: attention stays, unmeasured, in the layers that together save
+    less than a fiftieth, layers are not measured again as others get theirs back, blocks in all
+    layers are sampled from every other start, and of the rest only what is `wanted`.
     """
     replaced = _faster(blocks, costs)
     least = min(wanted, LEAST_SAVED) if wanted else LEAST_SAVED
     search = _Search(path, teacher, blocks, costs, least, _starts(path, earliest), progress)
-    search.learn_growth(replaced)
+    search.learn_growth(replaced, stride=2 if quick else 1)
+    if quick:
+        replaced = _worth_it(replaced, costs)
+        search.errors(replaced)
     gains = {site: search.gain(replaced, site) for site in search.removable(replaced)}
     alone = {site: gain * costs[site].saved for site, gain in gains.items()}
     chunk = max(1, len(replaced) // _ROUNDS)
     while removable := search.removable(replaced):
         likely = sorted(removable, key=lambda site: -gains[site])[: 2 * chunk]
-        gains |= {site: search.gain(replaced, site) for site in likely}
+        if not quick:
+            gains |= {site: search.gain(replaced, site) for site in likely}
         for site in sorted(likely, key=lambda site: -gains[site])[:chunk]:
             if site in search.removable(replaced):
                 replaced = _without(replaced, site)
         search.errors(replaced)
-    search.sample_proposals(wanted)
+    search.sample_proposals([wanted] if quick else [*search.even_shares, *SHARES.values(), wanted])
     progress(search.most, search.most)
     return TradeOff(search.latents, dict(costs), alone, search.growth, len(search.measured))
 
@@ -93,12 +105,14 @@ class _Search:
         layers = sum(cost.saved > 0 for cost in self.costs.values())
         self.most = 3 * layers + _ROUNDS + 2 + len(self.starts) + _PROPOSALS + len(SHARES)
 
-    def learn_growth(self, replaced: tuple[str, ...]) -> None:
-        """Sample with these layers from every start, and compare with the errors along the path."""
-        shares = self.errors(replaced)
-        ends = [self.sampled(replaced, start).error for start in self.starts] + [0.0]
+    def learn_growth(self, replaced: tuple[str, ...], stride: int) -> None:
+        """Sample with these layers from starts, and compare with the errors along the path."""
+        errors = self.errors(replaced)
+        shares = [sum(errors[at : at + stride]) for at in range(0, len(errors), stride)]
+        ends = [self.sampled(replaced, start).error for start in self.starts[::stride]] + [0.0]
         made = [here - later for here, later in pairwise(ends)]
-        self.growth = falling_ratios(made, shares)
+        growth = falling_ratios(made, shares)
+        self.growth = [growth[at // stride] for at in range(len(errors))]
 
     def errors(self, replaced: tuple[str, ...]) -> list[float]:
         """Measure a set along the path, once: its error between each start and the next."""
@@ -146,8 +160,13 @@ class _Search:
         self._progress()
         return point
 
-    def sample_proposals(self, wanted: float) -> None:
-        """Sample what is estimated to be best at evenly spaced shares, and at those asked for."""
+    @property
+    def even_shares(self) -> list[float]:
+        """Shares of the time, evenly spaced from the least."""
+        return [self.least + (1 - self.least) * k / _PROPOSALS for k in range(_PROPOSALS)]
+
+    def sample_proposals(self, shares: Sequence[float]) -> None:
+        """Sample what is estimated to be best at these shares of the time."""
         estimated: dict[ChoicePoint, int] = {}
         for replaced in self.measured:
             for start, error in zip(self.starts, self.estimates(replaced), strict=True):
@@ -155,8 +174,7 @@ class _Search:
                 estimated[ChoicePoint(replaced, position, saved, error)] = start
         front = pareto(list(estimated))
         known = {(point.replaced, point.start) for point in self.latents}
-        shares = [self.least + (1 - self.least) * k / _PROPOSALS for k in range(_PROPOSALS)]
-        for share in [*shares, *SHARES.values(), wanted]:
+        for share in shares:
             best = next((p for p in front if saves(p.saved, max(share, self.least))), None)
             if best and (best.replaced, best.start) not in known:
                 known.add((best.replaced, best.start))
@@ -216,6 +234,17 @@ def _faster(blocks: Mapping[str, Block], costs: Mapping[str, SiteCost]) -> tuple
             "this size on this device. Draw larger pictures, or leave attention in place."
         )
     return faster
+
+
+def _worth_it(sites: tuple[str, ...], costs: Mapping[str, SiteCost]) -> tuple[str, ...]:
+    """The sites but for those that save least, less than `_NEGLIGIBLE` of all in all."""
+    left = _NEGLIGIBLE * total_saved(costs)
+    for site in sorted(sites, key=lambda site: costs[site].saved):
+        left -= costs[site].saved
+        if left < 0:
+            break
+        sites = _without(sites, site)
+    return sites
 
 
 def _without(sites: tuple[str, ...], site: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...deltaconv import DeltaConvBlock
-from ...deltaconv.distillation.choice import ChoicePoint, SiteCost, choose
+from ...deltaconv.distillation.choice import ChoicePoint, SiteCost, choose, share_wanted
 from ...deltaconv.distillation.choice_search import trade_off
 from ...deltaconv.distillation.measure import guided_path
 from ...deltaconv.distillation.settings import new_blocks
@@ -18,7 +18,7 @@ from .choose import site_costs
 from .teacher import ComfyTeacher
 
 # Of the sampling that errors are measured on, and its prompts.
-_STEPS, _PROMPTS = 10, 2
+_STEPS, _PROMPTS = 8, 2
 
 
 @dataclass
@@ -62,6 +62,8 @@ class Chooser:
             self.teacher,
             blocks,
             self.costs,
+            wanted=share_wanted(self.wanted),
+            quick=True,
             progress=lambda done, most: self.progress(done / most),
         )
         point = choose(measured, self.wanted)

@@ -19,7 +19,7 @@ from comfyui_deltaconv.deltaconv.distillation.choice import (
 from comfyui_deltaconv.deltaconv.distillation.choice_plot import choice_curve
 from comfyui_deltaconv.deltaconv.distillation.choice_search import falling_ratios, trade_off
 from comfyui_deltaconv.deltaconv.distillation.measure import guided_path
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from toy_teacher import CHANNELS, PLAN, SIZE, ToyTeacher
 
@@ -232,6 +232,30 @@ def test_the_number_of_measurements_is_bounded(layers, steps, wanted):
     # Errors that add up over layers and steps grow by nothing, and are estimated as they are.
     if sum(path.each[site] for site in faster) > 1e-3:
         assert measured.growth == pytest.approx([1.0] * len(measured.growth), rel=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(LAYERS, st.integers(1, 30), st.floats(0.05, 0.9))
+def test_a_quick_search_measures_less_and_saves_as_much(layers, steps, wanted):
+    costs = {f"l{i}": SiteCost(5 + saved, 5.0) for i, (_, saved) in enumerate(layers)}
+    path = ManyLayers({f"l{i}": error for i, (error, _) in enumerate(layers)}, steps)
+    faster = tuple(site for site in costs if costs[site].saved > 0)
+    assume(faster)
+    blocks = dict.fromkeys(costs, lambda x: x)
+    measured = trade_off(path, None, blocks, costs, wanted=wanted, quick=True)
+    assert measured.measurements == path.calls <= 2 * len(faster) + 2
+    # From every other start, and what is wanted.
+    assert len(measured.points) <= 6
+    assert choose(measured, "fastest").replaced == faster
+    assert choose(measured, wanted).saved >= wanted - 1e-9
+
+
+def test_a_quick_search_measures_no_layer_that_saves_next_to_nothing(teacher):
+    costs = {"first": SiteCost(100.0, 1.0), "second": SiteCost(2.0, 1.0)}
+    path, blocks = toy_path(teacher), toy_blocks()
+    measured = trade_off(path, teacher, blocks, costs, wanted=0.6, quick=True)
+    assert {point.replaced for point in measured.points} == {("first",), tuple(PLAN)}
+    assert measured.measurements == 2 and not measured.alone
 
 
 POINTS = st.lists(
