@@ -254,7 +254,6 @@ def test_a_quick_search_measures_no_layer_that_saves_next_to_nothing(teacher):
     costs = {"first": SiteCost(100.0, 1.0), "second": SiteCost(2.0, 1.0)}
     path, blocks = toy_path(teacher), toy_blocks()
     measured = trade_off(path, teacher, blocks, costs, wanted=0.6, quick=True)
-    assert {point.replaced for point in measured.points} == {("first",), tuple(PLAN)}
     assert measured.measurements == 2 and not measured.alone
 
 
