@@ -113,4 +113,6 @@ def _from(start: float) -> str:
 
 
 def _amount(value: float, timed: bool) -> str:
-    return f"{1000 * value:.3g} ms" if timed else f"{value / 1e9:.3g} GFLOP"
+    if not timed:
+        return f"{value / 1e9:.3g} GFLOP"
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
