@@ -40,16 +40,6 @@ class DeltaConvDistill(io.ComfyNode):
                     optional=True,
                     tooltip="Which layers to replace, with which kernel; none: all, by the preset.",
                 ),
-                io.Combo.Input(
-                    "choice",
-                    options=list(CHOICES),
-                    default=CHOICES[0],
-                    optional=True,
-                    tooltip="Which layers and steps get blocks where no recipe is connected; the "
-                    "others keep attention and are not trained. balanced: the least error that "
-                    "saves 60% of the time that blocks everywhere save. faithful: 30%. fastest: "
-                    "every layer, every step.",
-                ),
                 io.Combo.Input("kernels", options=list(KERNELS), default=KERNELS[0]),
                 io.Latent.Input(
                     "latents", optional=True, tooltip="Images to train on, as core's trainers take."
@@ -184,6 +174,16 @@ class DeltaConvDistill(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Most megabytes that own samples may take on disk.",
+                ),
+                io.Combo.Input(
+                    "choice",
+                    options=list(CHOICES),
+                    default=CHOICES[0],
+                    optional=True,
+                    tooltip="Which layers and steps get blocks where no recipe is connected; the "
+                    "others keep attention and are not trained. balanced: the least error that "
+                    "saves 60% of the time that blocks everywhere save. faithful: 30%. fastest: "
+                    "every layer, every step.",
                 ),
             ],
             outputs=[
