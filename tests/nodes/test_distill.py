@@ -557,3 +557,41 @@ def test_evaluate_node_wants_only_the_size_of_a_latent(model):
     assert "PSNR" in args[0]
     with pytest.raises(ValueError, match="got an empty one"):
         DeltaConvEvaluate.execute(model, weights, positive=[], **inputs)
+
+
+def test_chosen_layers_alone_are_distilled_and_say_from_where_they_act(model, monkeypatch):
+    from comfyui_deltaconv.nodes.host import distill_choice
+
+    monkeypatch.setattr(distill_choice, "_STEPS", 4)
+    weights, _, report = node(model, latents=pictures(32), choice="balanced")
+    kept = set(demo_sites(model)) - set(weights.sites)
+    sentence = next(line for line in report.splitlines() if line.startswith("choice: balanced:"))
+    assert f"blocks in {len(weights.sites)} of {len(weights.sites) + len(kept)} layers" in sentence
+    assert f"from {100 * weights.start:.3g}% of sampling on" in sentence
+    # All of it in every step would save more than is asked for.
+    assert kept or weights.start
+
+
+def test_where_no_block_is_faster_all_are_distilled(model, monkeypatch):
+    from comfyui_deltaconv.deltaconv.distillation.choice import SiteCost
+    from comfyui_deltaconv.nodes.host import distill_choice
+
+    sites = demo_sites(model)
+    slower = dict.fromkeys(sites, SiteCost(1.0, 2.0)), "as a test says"
+    monkeypatch.setattr(distill_choice, "site_costs", lambda *arguments: slower)
+    weights, _, report = node(model, choice="balanced")
+    assert set(weights.sites) == set(sites) and weights.start == 0
+    assert "no block is faster than attention at this size: all are distilled" in report
+
+
+def test_a_recipe_says_from_where_the_blocks_act(model):
+    recipe = Recipe({site: BlockPlan(3) for site in demo_sites(model)}, start=0.4)
+    weights, _, report = node(model, recipe=recipe, choice="balanced")
+    assert weights.start == 0.4 and set(weights.sites) == set(demo_sites(model))
+    assert "choice:" not in report
+
+
+def demo_sites(model):
+    from comfyui_deltaconv.nodes.host.sites import find_sites
+
+    return tuple(find_sites(model).dims)
