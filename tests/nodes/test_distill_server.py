@@ -12,7 +12,7 @@ from comfyui_deltaconv.development.comfyui.workflow import to_prompt
 WORKFLOW = ROOT / "workflows" / "deltaconv_distill.json"
 
 
-def graph(server, folder, layer_steps, preview_every=0):
+def graph(server, folder, layer_steps, preview_every=0, choice="fastest"):
     """Demo model → Distill → loss graph, saved weights, evaluation's pictures."""
     widgets = server.object_info()["DeltaConvDistill"]["input"]
     defaults = {
@@ -33,6 +33,7 @@ def graph(server, folder, layer_steps, preview_every=0):
         "folder": folder,
         "save_every": 5,
         "preview_every": preview_every,
+        "choice": choice,
     }
     nodes = {
         "model": ("DeltaConvDemoModel", {}),
@@ -66,7 +67,7 @@ def graph(server, folder, layer_steps, preview_every=0):
 
 
 def test_every_socket_of_the_distillation_graph_works(server):
-    entry = server.queue(graph(server, "whole", 3, preview_every=2))
+    entry = server.queue(graph(server, "whole", 3, preview_every=2, choice="balanced"))
     assert entry["status"]["completed"]
     assert {"loss", "plot", "grid"} <= entry["outputs"].keys()
     assert "whole_00001_.safetensors" in str(
