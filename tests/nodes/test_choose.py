@@ -1,5 +1,7 @@
 """Choose ΔConv Layers in the real ComfyUI, on the real demo model."""
 
+import time
+
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import read_weights, write_weights
@@ -80,6 +82,19 @@ def test_costs_are_measured_on_this_device(model, weights):
 
 
 @pytest.mark.any_comfyui
+def test_the_first_call_of_attention_does_not_count():
+    from comfyui_deltaconv.nodes.host.choose import _cost
+
+    first = iter([0.5])
+    cost = _cost(
+        lambda: time.sleep(0.001),
+        lambda: time.sleep(next(first, 0.02)),
+        torch.device("cpu"),
+        2.0,
+    )
+    assert cost.attention < 0.2
+
+
 def test_costs_are_counted_where_a_layer_cannot_be_timed(model, weights, monkeypatch):
     from comfyui_deltaconv.nodes.host import choose
 
