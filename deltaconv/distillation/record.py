@@ -30,6 +30,8 @@ class Record:
     memory: int | None
     seconds: float
     student: Student = field(repr=False)
+    # With the steps that were planned.
+    settings: DistillationSettings = field(repr=False)
     # Losses of all training steps so far, those before a resume included; it keeps growing.
     history: Sequence[float] = field(repr=False)
     message: str = ""
@@ -40,7 +42,7 @@ class Record:
         return {
             k: _plain(v)
             for k, v in vars(self).items()
-            if k not in ("student", "history") and v not in ("", None)
+            if k not in ("student", "settings", "history") and v not in ("", None)
         }
 
 

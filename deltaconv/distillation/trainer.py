@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from .data import Batch, Dataset, draw
 from .initialization import initialize, refit
 from .losses import batch_losses
 from .memory_policy import MemoryPolicy
+from .plan import Pace, Plan, with_steps
 from .record import Record, memory_in_use
 from .replay import replay_of
-from .settings import DistillationError, DistillationSettings, new_blocks, read_plan
+from .settings import DistillationError, DistillationSettings, StageName, new_blocks, read_plan
 from .student import Student, take_weights
 from .teacher import Teacher
 from .training import Training
@@ -36,6 +38,7 @@ def distill(
     gate: str = "scaled",
     start: Mapping[str, DeltaConvBlock] | None = None,
     choose: Choose | None = None,
+    plan: Plan | None = None,
     folder: str | os.PathLike | None = None,
     resume: bool = True,
     progress: Callable[[float], None] = lambda share: None,
@@ -46,8 +49,10 @@ def distill(
     function is called once, at the first record. `start` holds blocks to go on from in place of an
     initialization, for all sites or some. `choose` decides once, after the initialization, which
     blocks are trained further, and for which part of sampling; none: all of them, from
-    `settings.start` on. `folder` takes the states; one that holds a state is
-    resumed, or refused where `resume` is False. `progress` hears the share done of the
+    `settings.start` on. `plan` then gives the settings with the steps to train, from the pace that
+    is measured here; a run that is resumed within its steps keeps them, and one that is done asks
+    for more. Without it the steps are those of `settings`. `folder` takes the states; one that
+    holds a state is resumed, or refused where `resume` is False. `progress` hears the share done of the
     initialization, and may raise to stop it. Closing the generator, as an interrupt does, saves
     first. Raises DistillationError at the call, before any data is drawn or anything is changed,
     where the settings, the recipe or the folder's state do not fit.
@@ -75,7 +80,7 @@ def distill(
     training = Training(student, settings, half_base=teacher.dtype == torch.float16)
     untrained = blocks.keys() - given.keys()
     return _Run(
-        teacher, dataset, settings, training, checkpoints, untrained, choose, progress
+        teacher, dataset, training, checkpoints, untrained, choose, plan, progress
     ).records()
 
 
@@ -92,25 +97,31 @@ class _Run:
         self,
         teacher: Teacher,
         dataset: Dataset | Callable[[], Dataset],
-        settings: DistillationSettings,
         training: Training,
         checkpoints: Checkpoints,
         untrained: set[str],
         choose: Choose | None,
+        plan: Plan | None,
         progress: Callable[[float], None],
     ):
-        self.teacher, self.dataset, self.settings = teacher, dataset, settings
+        self.teacher, self.dataset = teacher, dataset
         self.training, self.checkpoints = training, checkpoints
         self.untrained, self.progress = untrained, progress
-        self.choose = choose
+        self.choose, self.plan = choose, plan
         # Said with the next record.
         self.notes: list[str] = []
         self.memory = MemoryPolicy(teacher.device, self.notes.append)
         self.initialized = self.yielded = False
         if state := checkpoints.load(training.shapes):
+            if plan and state.progress.number:
+                training.settings = _planned_before(training.settings, state.progress.settings)
             self.notes += training.take_up(state)
             self.memory.factor = max(1, state.progress.parts)
             self.initialized = True
+
+    @property
+    def settings(self) -> DistillationSettings:
+        return self.training.settings
 
     def records(self) -> Iterator[Record]:
         training = self.training
@@ -125,6 +136,8 @@ class _Run:
                 self.checkpoints.saved = None
                 self._save()
                 yield chosen
+            if self.plan and self.done:
+                yield self._plan(data, self.plan)
             if training.stage == "layers":
                 yield from self._train(data)
                 self._end_layers(data)
@@ -164,13 +177,48 @@ class _Run:
         self.training.choose(replaced, start)
         return self._record("choice", 1, 1, started)
 
+    @property
+    def done(self) -> bool:
+        """Whether all steps of the settings are."""
+        training = self.training
+        left = training.stage == "layers" and self.settings.joint.steps
+        return training.step >= self.settings.stage(training.stage).steps and not left
+
+    def _plan(self, data: Dataset, plan: Plan) -> Record:
+        started = time.monotonic()
+        pace = self._pace(data)
+        self.training.adopt(plan(pace, self.settings))
+        steps = (self.settings.layers.steps, self.settings.joint.steps)
+        self.notes.append(f"{steps[0]} layer and {steps[1]} joint steps in all, as {pace}")
+        return self._record("plan", 1, 1, started)
+
+    def _pace(self, data: Dataset) -> Pace:
+        """Seconds of the second of two steps of each stage, which change nothing."""
+        training = self.training
+        state = training.generator.get_state()
+        seconds: dict[StageName, float] = {"layers": inf, "joint": inf}
+        try:
+            for stage in seconds:
+                joint = stage == "joint"
+                if joint and self.teacher.why_not_differentiable:
+                    continue
+                self.teacher.checkpointing(joint and self.settings.checkpointing)
+                for _ in range(2):
+                    started = time.monotonic()
+                    self._losses(data, stage)
+                    seconds[stage] = time.monotonic() - started
+        finally:
+            self.teacher.checkpointing(False)
+            training.optimizer.zero()
+            training.generator.set_state(state)
+        return Pace(**seconds)
+
     def _train(self, data: Dataset) -> Iterator[Record]:
         training = self.training
         joint, stage = training.stage == "joint", self.settings.stage(training.stage)
         while training.step < stage.steps:
             started = time.monotonic()
-            batch = self._draw(data, stage.batch)
-            losses = self.memory.run(stage, lambda batch=batch: self._losses(batch, joint))
+            losses = self._losses(data, training.stage)
             total = sum(losses.values()) if joint else _mean(losses)
             lr = training.optimizer.lr(training.step)
             if note := training.update(total):
@@ -210,14 +258,24 @@ class _Run:
             start=self.training.student.start,
         )
 
-    def _losses(self, batch: Batch, joint: bool) -> dict[str, float]:
-        training = self.training
-        parts = self.memory.parts(self.settings.stage(training.stage))
-        training.optimizer.zero()
-        backward = training.optimizer.backward
-        return batch_losses(
-            self.teacher, training.student, batch, parts, backward, self.settings, joint
-        )
+    def _losses(self, data: Dataset, stage: StageName) -> dict[str, float]:
+        """The losses of a batch of the stage, and their gradients."""
+        training, settings = self.training, self.settings.stage(stage)
+        batch = self._draw(data, settings.batch)
+
+        def losses() -> dict[str, float]:
+            training.optimizer.zero()
+            return batch_losses(
+                self.teacher,
+                training.student,
+                batch,
+                self.memory.parts(settings),
+                training.optimizer.backward,
+                self.settings,
+                joint=stage == "joint",
+            )
+
+        return self.memory.run(settings, losses)
 
     def _replay(self, data: Dataset):
         layers = self.settings.layers
@@ -267,6 +325,7 @@ class _Run:
             memory=memory_in_use(self.teacher.device),
             seconds=seconds,
             student=self.training.student,
+            settings=self.settings,
             history=self.training.history,
             message=message,
             saved=saved,
@@ -278,6 +337,15 @@ class _Run:
         if not self.initialized or not self.training.whole:
             return ""
         return self.checkpoints.save(self.training.state(self.memory.factor))
+
+
+def _planned_before(settings: DistillationSettings, saved: object) -> DistillationSettings:
+    """The settings with the steps that a state was planned with."""
+    try:
+        former = DistillationSettings.from_mapping(saved)
+    except DistillationError:
+        return settings
+    return with_steps(settings, former.layers.steps, former.joint.steps)
 
 
 def _mean(losses: Mapping[str, float]) -> float:

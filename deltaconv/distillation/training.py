@@ -60,6 +60,11 @@ class Training:
         self.replaced = tuple(self.student.blocks)
         self.restart_optimizer()
 
+    def adopt(self, settings: DistillationSettings) -> None:
+        """Go on by these settings, which may have other steps alone."""
+        self.settings = settings
+        self.optimizer.stage = settings.stage(self.stage)
+
     def begin_joint(self) -> None:
         """Go on from the averaged weights in the joint stage, with a new optimizer."""
         self.student.adopt_average()
