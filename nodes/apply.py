@@ -29,8 +29,15 @@ class DeltaConvApply(io.ComfyNode):
             "for bit.",
             search_aliases=["ConvFusion", "replace self-attention", "faster sampling"],
             inputs=[
-                io.Model.Input("model"),
-                DeltaConv.Input("deltaconv"),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.x, SD2.x, SDXL, PixArt, Anima or Cosmos-Predict2; it is not "
+                    "changed, a patched one comes out.",
+                ),
+                DeltaConv.Input(
+                    "deltaconv",
+                    tooltip="From Load ΔConv Weights, ΔConv Demo Model or Distill ΔConv.",
+                ),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,

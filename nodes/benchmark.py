@@ -19,8 +19,8 @@ class DeltaConvBenchmark(io.ComfyNode):
             search_aliases=["speed test", "step time", "ConvFusion benchmark"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model"),
-                DeltaConv.Input("deltaconv"),
+                io.Model.Input("model", tooltip="With or without ΔConv applied."),
+                DeltaConv.Input("deltaconv", tooltip="The weights whose blocks are timed."),
                 io.String.Input(
                     "sizes",
                     default="",

@@ -24,8 +24,8 @@ class DeltaConvChoose(io.ComfyNode):
             "the model's own sampling, and draws what each choice costs and brings.",
             search_aliases=["ConvFusion trade-off", "keep attention", "quality against speed"],
             inputs=[
-                io.Model.Input("model"),
-                DeltaConv.Input("deltaconv"),
+                io.Model.Input("model", tooltip="Without ΔConv applied."),
+                DeltaConv.Input("deltaconv", tooltip="The weights to choose layers of."),
                 io.Conditioning.Input(
                     "positive", tooltip="Several, combined or batched, are all measured."
                 ),
@@ -59,17 +59,34 @@ class DeltaConvChoose(io.ComfyNode):
                     tooltip="For own share: how much of the time that blocks in every layer and "
                     "step save is to be saved.",
                 ),
-                io.Float.Input("cfg", default=4.0, min=1.0, max=30.0, step=0.1),
+                io.Float.Input(
+                    "cfg",
+                    default=4.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Guidance of the samplings that errors are measured on: take what you "
+                    "draw with.",
+                ),
                 io.Int.Input(
                     "steps",
                     default=10,
                     min=1,
                     max=1000,
+                    advanced=True,
                     tooltip="Of the sampling that errors are measured on. About three times as "
                     "many samplings are measured as there are layers.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    # Another seed would measure for minutes again, and choose otherwise.
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    advanced=True,
+                    tooltip="Of the noise that errors are measured from.",
                 ),
             ],
             outputs=[

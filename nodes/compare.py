@@ -19,10 +19,12 @@ class DeltaConvCompare(io.ComfyNode):
             "are: PSNR in dB and SSIM, pair by pair and on average.",
             search_aliases=["psnr", "ssim", "side by side", "A/B"],
             inputs=[
-                io.Image.Input("images_a"),
-                io.Image.Input("images_b"),
-                io.String.Input("label_a", default="self-attention"),
-                io.String.Input("label_b", default="DeltaConv"),
+                io.Image.Input("images_a", tooltip="Drawn as it was, say with self-attention."),
+                io.Image.Input("images_b", tooltip="As many, of the same size, drawn otherwise."),
+                io.String.Input(
+                    "label_a", default="self-attention", tooltip="Written above images_a."
+                ),
+                io.String.Input("label_b", default="DeltaConv", tooltip="Written above images_b."),
             ],
             outputs=[
                 io.Image.Output(display_name="side_by_side"),

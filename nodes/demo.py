@@ -44,7 +44,14 @@ class DeltaConvDemoPrompt(io.ComfyNode):
             "emoji names; the report names those it does not know. Empty text is the "
             "unconditional prompt.",
             search_aliases=["ConvFusion demo prompt"],
-            inputs=[io.String.Input("text", default="red apple", multiline=True)],
+            inputs=[
+                io.String.Input(
+                    "text",
+                    default="red apple",
+                    multiline=True,
+                    tooltip="The name of an emoji, as the demo model learned them.",
+                )
+            ],
             outputs=[io.Conditioning.Output(), io.String.Output(display_name="report")],
         )
 

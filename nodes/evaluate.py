@@ -26,9 +26,11 @@ class DeltaConvEvaluate(io.ComfyNode):
             "CLIP score of pictures from equal seeds.",
             search_aliases=["ConvFusion evaluation", "psnr", "ssim", "lpips", "clip score"],
             inputs=[
-                io.Model.Input("model"),
-                DeltaConv.Input("deltaconv"),
-                io.Conditioning.Input("positive"),
+                io.Model.Input("model", tooltip="Without ΔConv applied."),
+                DeltaConv.Input("deltaconv", tooltip="The weights to judge."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What to draw; several, combined or batched, are all drawn."
+                ),
                 io.Conditioning.Input("negative", optional=True, tooltip="None: CFG is left out."),
                 io.Vae.Input(
                     "vae",
@@ -42,9 +44,31 @@ class DeltaConvEvaluate(io.ComfyNode):
                     tooltip="Only its size is used; none: the family's usual size.",
                 ),
                 io.String.Input("seeds", default="1, 2", tooltip="One picture per seed."),
-                io.Int.Input("steps", default=20, min=1, max=1000),
-                io.Float.Input("cfg", default=4.0, min=1.0, max=30.0, step=0.1),
-                io.Int.Input("levels", default=8, min=1, max=100, advanced=True),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=1000,
+                    advanced=True,
+                    tooltip="Of the pictures' sampling.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=4.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Guidance of the pictures' sampling.",
+                ),
+                io.Int.Input(
+                    "levels",
+                    default=8,
+                    min=1,
+                    max=100,
+                    advanced=True,
+                    tooltip="At how many noise levels the predicted noise is compared.",
+                ),
                 io.String.Input(
                     "prompts",
                     default="",

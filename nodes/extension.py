@@ -8,6 +8,7 @@ from .choose import DeltaConvChoose
 from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
 from .distill import DeltaConvDistill
+from .distill_settings import DeltaConvDistillSettings
 from .evaluate import DeltaConvEvaluate
 from .host.folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
@@ -35,6 +36,7 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvRecipe,
             DeltaConvChoose,
             DeltaConvDistill,
+            DeltaConvDistillSettings,
             DeltaConvEvaluate,
             DeltaConvSelfTest,
             DeltaConvBenchmark,

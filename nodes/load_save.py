@@ -70,7 +70,7 @@ class DeltaConvSave(io.ComfyNode):
             search_aliases=["ConvFusion save"],
             is_output_node=True,
             inputs=[
-                DeltaConv.Input("deltaconv"),
+                DeltaConv.Input("deltaconv", tooltip="The weights to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="deltaconv",

@@ -28,8 +28,8 @@ class DeltaConvLocality(io.ComfyNode):
             # An output node's view is filled again when its cached result is used.
             is_output_node=True,
             inputs=[
-                io.Model.Input("model"),
-                io.Conditioning.Input("positive"),
+                io.Model.Input("model", tooltip="What is measured; its output does not change."),
+                io.Conditioning.Input("positive", tooltip="The prompt to measure with."),
                 io.Latent.Input(
                     "latent",
                     optional=True,
@@ -62,7 +62,13 @@ class DeltaConvLocality(io.ComfyNode):
                     tooltip="The ΔConv weights whose cost is measured, layer by layer.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    # Tables of two runs can be compared.
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the noise.",
                 ),
                 io.Float.Input(
                     "field_share",
@@ -163,7 +169,7 @@ class DeltaConvSaveLocality(io.ComfyNode):
             search_aliases=["save attention report"],
             is_output_node=True,
             inputs=[
-                Locality.Input("report"),
+                Locality.Input("report", tooltip="From Locality of Self-Attention."),
                 io.String.Input(
                     "filename_prefix",
                     default="locality",

@@ -19,7 +19,7 @@ class DeltaConvRecipe(io.ComfyNode):
             "which kernels, from a locality report and a rule, or as text of your own.",
             search_aliases=["distillation recipe", "kernel size"],
             inputs=[
-                Locality.Input("report"),
+                Locality.Input("report", tooltip="From Locality of Self-Attention."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),

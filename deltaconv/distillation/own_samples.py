@@ -37,8 +37,9 @@ def own_samples(
     max_bytes: int = 2**30,
     unconditional_name: str = "",
     predicted: bool = False,
+    enough: Callable[[int], bool] = lambda drawn: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    reused: Callable[[int], None] = lambda count: None,
+    reused: Callable[[int, int], None] = lambda count, found: None,
 ) -> Dataset:
     """`count` samples [C, H, W] of the teacher, cycling through `conditions`, as a data set.
 
@@ -46,8 +47,10 @@ def own_samples(
     keeps as many points, in float16, as fit into `max_bytes` with the finished samples, which are
     float32 in memory; with `predicted` also what the teacher predicted there. `cache` keeps all of
     it on disk, within the same limit; the oldest samples of other settings make room. Where it
-    holds samples of `former_seed` and none of `seed`, those are completed. `progress` hears (done,
-    total) in steps of sampling, and `reused` at the end the number of samples from the cache.
+    holds samples of `former_seed` and none of `seed`, those are completed. `enough` is asked with
+    the number of samples there are before a batch is drawn, and ends it. `progress` hears (done,
+    total) in steps of sampling, and `reused` at the end the numbers of all samples and of those
+    from the cache.
     Raises DistillationError where not one point per sample fits.
     """
     if not conditions or len(names) != len(conditions):
@@ -80,6 +83,8 @@ def own_samples(
         rows = range(start, min(start + batch, count))
         file = cache / f"samples-{key}-{start:06d}.safetensors" if cache else None
         tensors = _cached(file, _shapes(len(rows), kept, shape, predicted))
+        if tensors is None and enough(len(latents)):
+            break
         if tensors is None:
             tensors = _draw(
                 teacher,
@@ -106,8 +111,8 @@ def own_samples(
             Trajectory(*parts)
             for parts in zip(*(tensors[name] for name in _TENSORS if name in tensors), strict=True)
         ]
-    reused(found)
-    chosen = [conditions[index % len(conditions)] for index in range(count)]
+    reused(len(latents), found)
+    chosen = [conditions[index % len(conditions)] for index in range(len(latents))]
     return Dataset(latents, chosen, unconditional, paths)
 
 

@@ -23,7 +23,8 @@ class DistillationReport:
         """Add one record."""
         stage = record.stage
         if record.message and len(self._messages) < _MESSAGES:
-            self._messages.append(f"{stage} {record.step}: {record.message}")
+            at = f"{stage} {record.step}" if stage in ("layers", "joint") else stage
+            self._messages.append(f"{at}: {record.message}")
         if not record.losses:
             return
         if stage == "init":
@@ -47,6 +48,13 @@ class DistillationReport:
     def chosen(self, sentence: str) -> None:
         """Tell which layers and steps were chosen."""
         self._choice = sentence
+
+    def out_of_time(self, record: Record) -> None:
+        """Tell that the time was over at this record."""
+        self._messages.append(
+            f"stopped at {record.stage} step {record.step} of {record.steps}, when its time was "
+            "over: steps became slower than they were measured. Queue again to go on"
+        )
 
     def text(self, folder: Path | None, seconds: float) -> str:
         """The report after `seconds` in all."""

@@ -52,8 +52,8 @@ def distill(
     `settings.start` on. `plan` then gives the settings with the steps to train, from the pace that
     is measured here; a run that is resumed within its steps keeps them, and one that is done asks
     for more. Without it the steps are those of `settings`. `folder` takes the states; one that
-    holds a state is resumed, or refused where `resume` is False. `progress` hears the share done of the
-    initialization, and may raise to stop it. Closing the generator, as an interrupt does, saves
+    holds a state is resumed, or refused where `resume` is False. `progress` hears the share done of
+    the initialization, and may raise to stop it. Closing the generator, as an interrupt does, saves
     first. Raises DistillationError at the call, before any data is drawn or anything is changed,
     where the settings, the recipe or the folder's state do not fit.
     """

@@ -2,8 +2,7 @@
 
 import logging
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from math import isfinite
@@ -15,6 +14,7 @@ import torch
 from ...deltaconv.distillation import (
     Dataset,
     DistillationSettings,
+    Record,
     default_kernels,
     distill,
     weights_of,
@@ -29,49 +29,47 @@ from ...deltaconv.weights.compatibility import check_fit
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
 from .distill_choice import Chooser, chooser
 from .distill_inputs import DistillInputs
+from .distill_time import TimeBudget
 from .folders import SAMPLES, output_folder
 from .preview import LivePreview
 from .teacher import ComfyTeacher
 
 # Apart from the training's seed, so that resuming under another one reuses the own samples.
 _SAMPLES_SEED = 0
+_FEW = 2
 
 
-def run(model, latents: Sequence[dict], positive: Sequence, inputs: DistillInputs) -> tuple:
+def run(model, inputs: DistillInputs) -> tuple:
     """The node's outputs: DELTACONV, LOSS_MAP and the report."""
     with torch.inference_mode(False), torch.enable_grad():
         settings = inputs.settings()
-        teacher = ComfyTeacher(model, differentiable=settings.joint.steps > 0, name=_name(model))
-        return _distil(model, teacher, settings, latents, positive, inputs)
+        joint = bool(settings.joint.steps or inputs.minutes)
+        teacher = ComfyTeacher(model, differentiable=joint, name=_name(model))
+        return _distil(model, teacher, settings, inputs)
 
 
 def _distil(
-    model,
-    teacher: ComfyTeacher,
-    settings: DistillationSettings,
-    latents: Sequence[dict],
-    positive: Sequence,
-    inputs: DistillInputs,
+    model, teacher: ComfyTeacher, settings: DistillationSettings, inputs: DistillInputs
 ) -> tuple:
-    start, recipe = inputs.start, _recipe(teacher, inputs)
+    options, budget = inputs.options, TimeBudget(60 * inputs.minutes)
+    start, recipe = options.start, _recipe(teacher, inputs)
     family = FAMILIES.get(teacher.family)
     gate = start.gate if start else family.gate if family else "scaled"
     folder = state_folder(inputs.folder)
     name = os.path.relpath(folder, _base())
-    started = time.monotonic()
     # Before the teacher is loaded: a CLIP that needs its memory would push it out again.
-    conditions, empty = _conditions(teacher, positive, inputs)
+    conditions, empty = _conditions(teacher, inputs)
     if empty is None:
         settings = settings.unguided()
-    if inputs.recipe is not None:
-        settings = replace(settings, start=inputs.recipe.start)
+    if options.recipe is not None:
+        settings = replace(settings, start=options.recipe.start)
     report = DistillationReport()
-    preview = LivePreview(teacher, settings, inputs.preview_every, name)
-    given = latents_of(teacher, latents)
+    preview = LivePreview(teacher, options.preview_every, name, planned=bool(budget))
+    given = latents_of(teacher, inputs.latents)
     shape = given[0].shape if given else _sample_shape(teacher, inputs)
     choice = None
     # A recipe, and weights to go on from, are a choice already.
-    if inputs.choice != FASTEST and inputs.recipe is None and start is None:
+    if inputs.choice != FASTEST and options.recipe is None and start is None:
         choice = _chooser(model, teacher, recipe, gate, shape, conditions, empty, inputs)
         if choice is None:
             report.chosen("no block is faster than attention at this size: all are distilled")
@@ -90,14 +88,14 @@ def _distil(
                 inputs,
                 former_seed=saved_seed(folder),
                 progress=preview.drawn,
-                reused=lambda count: report.own_samples(inputs.samples, count),
+                reused=report.own_samples,
+                enough=budget.enough_samples,
             )
         )
         return preview.dataset
 
-    logging.info("ΔConv: distilling; queue again with folder %r to go on where it stops", name)
-    try:
-        records = distill(
+    def distilled(settings: DistillationSettings) -> Iterator[Record]:
+        return distill(
             teacher,
             recipe,
             data,
@@ -105,25 +103,39 @@ def _distil(
             gate=gate,
             start={site: start.block(site).float() for site in start.sites} if start else None,
             choose=choice,
+            plan=budget.plan if budget else None,
             folder=folder,
             progress=preview.initialized,
         )
+
+    logging.info("ΔConv: distilling; queue again with folder %r to go on where it stops", name)
+    try:
+        # Refused before the teacher is loaded.
+        records = distilled(settings)
         # Closing saves, after an interrupt too: it comes as an exception out of the loop.
-        with teacher, closing(records):
-            for record in records:
-                report.add(record)
-                preview.show(record)
-            weights = weights_of(record.student, teacher, settings, steps=len(record.history))
+        with teacher:
+            if budget:
+                records = distilled(budget.fitted(settings, teacher, conditions, tuple(shape)))
+            with closing(records):
+                for record in records:
+                    report.add(record)
+                    preview.show(record)
+                    if budget.over and record.step < record.steps:
+                        report.out_of_time(record)
+                        break
+            weights = weights_of(
+                record.student, teacher, record.settings, steps=len(record.history)
+            )
     except BaseException as error:
         preview.stopped(error, saved_steps(folder))
         raise
     losses = [loss for loss in record.history if isfinite(loss)]
-    text = report.text(folder, time.monotonic() - started)
+    text = report.text(folder, budget.spent)
     return weights, {"loss": losses or [record.loss]}, text
 
 
 def _recipe(teacher: ComfyTeacher, inputs: DistillInputs) -> dict[str, BlockPlan]:
-    recipe, start = inputs.recipe, inputs.start
+    recipe, start = inputs.options.recipe, inputs.options.start
     if start is not None:
         check_fit(start, teacher.dims, teacher.family)
     if recipe is not None:
@@ -143,20 +155,19 @@ def _recipe(teacher: ComfyTeacher, inputs: DistillInputs) -> dict[str, BlockPlan
     }
 
 
-def _conditions(
-    teacher: ComfyTeacher, positive: Sequence, inputs: DistillInputs
-) -> tuple[list, object | None]:
+def _conditions(teacher: ComfyTeacher, inputs: DistillInputs) -> tuple[list, object | None]:
     """The conditions to train with, and the empty prompt; None where neither input gives it."""
+    positive, unconditional = inputs.options.positive, inputs.options.unconditional
     conditions = conditions_of(positive)
     prompts = [line.strip() for line in inputs.prompts.splitlines() if line.strip()]
     if not conditions and prompts:
         conditions = encode_prompts(teacher, prompts, inputs.clip)
     if not conditions:
         raise ValueError(
-            "Expected conditioning or prompts to train with, got neither. Connect positive, or "
-            "write prompts and connect a CLIP."
+            "Expected prompts to train with, got none. Write one per line and connect a CLIP, or "
+            "connect conditioning to ΔConv Distillation Settings."
         )
-    empty = conditions_of([inputs.unconditional]) if inputs.unconditional else []
+    empty = conditions_of([unconditional]) if unconditional else []
     if not empty and (inputs.clip is not None or not positive):
         empty = encode_prompts(teacher, [""], inputs.clip)
     return conditions, empty[0] if empty else None
@@ -171,18 +182,20 @@ def _own_samples(
     **heard: Any,
 ) -> Dataset:
     layers, unconditional = settings.layers, empty or conditions[0]
+    # Within a time a batch must not take all of it: on a CPU few images are as fast per image.
+    few = inputs.minutes and teacher.device.type == "cpu"
     return own_samples(
         teacher,
         conditions,
         [digest_of(entry) for entry in conditions],
         unconditional,
         _sample_shape(teacher, inputs),
-        count=inputs.samples,
+        count=inputs.options.samples,
         cfg=4.0 if empty else 1.0,
         seed=_SAMPLES_SEED,
-        batch=-(-layers.batch // layers.accumulate),
+        batch=_FEW if few else -(-layers.batch // layers.accumulate),
         cache=_base() / SAMPLES,
-        max_bytes=inputs.samples_mb * 2**20,
+        max_bytes=inputs.options.samples_mb * 2**20,
         unconditional_name=digest_of(unconditional),
         predicted=bool(settings.losses.get("guided")),
         **heard,
@@ -190,7 +203,7 @@ def _own_samples(
 
 
 def _sample_shape(teacher: ComfyTeacher, inputs: DistillInputs) -> tuple[int, int, int]:
-    side = inputs.sample_size or native_latent(teacher.family)
+    side = inputs.options.sample_size or native_latent(teacher.family)
     return (teacher.patcher.model.latent_format.latent_channels, side, side)
 
 

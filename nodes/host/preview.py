@@ -8,7 +8,7 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ...deltaconv.distillation import Dataset, DistillationSettings, Record, sample
+from ...deltaconv.distillation import Dataset, Record, sample
 from ...deltaconv.distillation.plots import progress_picture
 from ...deltaconv.memory import is_out_of_memory
 from .node_text import show_on_node
@@ -21,7 +21,8 @@ _MOST = 2
 class LivePreview:
     """Progress of samples, initialization and steps; a picture every `every` steps (0: none).
 
-    `dataset` is set before the first step is shown; `folder` is the name to resume by.
+    `dataset` is set before the first step is shown; `folder` is the name to resume by; `planned`
+    tells that steps are known only after a record of the plan.
     """
 
     dataset: Dataset
@@ -29,14 +30,13 @@ class LivePreview:
     def __init__(
         self,
         teacher: ComfyTeacher,
-        settings: DistillationSettings,
         every: int,
         folder: str = "",
+        planned: bool = False,
     ):
         self.folder, self.at, self.drew = folder, "", False
-        self.teacher, self.settings, self.every = teacher, settings, every
-        self.total = 1 + settings.layers.steps + settings.joint.steps
-        self.bar = comfy.utils.ProgressBar(self.total)
+        self.teacher, self.every, self.planned = teacher, every, planned
+        self.bar = comfy.utils.ProgressBar(1)
         self.began: tuple[float, int] | None = None
         # The teacher's samples, drawn once.
         self.pictures: list = []
@@ -64,18 +64,25 @@ class LivePreview:
 
     def show(self, record: Record) -> None:
         """Advance the bar; draw the student's samples every `every` steps."""
+        settings = record.settings
+        total = 1 + settings.layers.steps + settings.joint.steps
         done = 1 + record.step if record.stage == "layers" else record.step
         if record.stage == "joint":
-            done += 1 + self.settings.layers.steps
+            done += 1 + settings.layers.steps
+        self.planned = self.planned and record.stage in ("init", "choice")
+        ended = done == total and not self.planned
+        if record.stage not in ("layers", "joint"):
+            # What comes before the steps says nothing of their pace.
+            self.began = None
         self.at = f"{record.stage} {record.step}/{record.steps}"
         text = f"{self.at}, loss {record.loss:.4g}"
-        if left := self._left(done):
+        if left := self._left(done, total):
             text += f", {left} left"
         preview = None
-        if self.every and (record.step % self.every == 0 or done == self.total):
+        if self.every and (record.step % self.every == 0 or ended):
             preview = self._preview(record, text)
-        self._move(done, self.total, preview)
-        self._say(text, at_once=done == self.total)
+        self._move(done, total, preview)
+        self._say(text, at_once=ended)
 
     def stopped(self, error: BaseException, saved: int | None) -> None:
         """Show where it stopped, what is saved, and how to go on.
@@ -97,15 +104,13 @@ class LivePreview:
                 f"To go on, queue again with folder {self.folder}"
             )
 
-    def _left(self, done: int) -> str:
+    def _left(self, done: int, total: int) -> str:
         """Time left, from the pace since this run's first step; "" before the second."""
         now = time.monotonic()
         if self.began is None:
             self.began = (now, done)
         since, first = self.began
-        return (
-            _duration((now - since) / (done - first) * (self.total - done)) if done > first else ""
-        )
+        return _duration((now - since) / (done - first) * (total - done)) if done > first else ""
 
     def _move(self, done: int, total: int, preview: tuple | None = None) -> None:
         # Make a new bar for each total: the page never moves a bar back.
@@ -134,11 +139,11 @@ class LivePreview:
     def _picture(self, record: Record, text: str):
         count = min(_MOST, len(self.dataset.latents))
         shape = self.dataset.latents[0].shape
-        generator = torch.Generator().manual_seed(self.settings.seed)
+        generator = torch.Generator().manual_seed(record.settings.seed)
         noise = torch.randn((count, *shape), generator=generator)
         conditions = list(self.dataset.conditions[:count])
         arguments = (self.teacher, conditions, self.dataset.unconditional, noise)
-        cfg = 4.0 if self.settings.unconditional else 1.0
+        cfg = 4.0 if record.settings.unconditional else 1.0
         if not self.pictures:
             teachers = sample(*arguments, steps=_STEPS, cfg=cfg)
             self.pictures = [self._decode(latent) for latent in teachers]

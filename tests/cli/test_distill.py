@@ -122,18 +122,14 @@ def test_a_configuration_names_its_preset(tmp_path):
 
 
 def test_the_nodes_losses_are_presets():
-    from comfyui_deltaconv.nodes.distill import KERNELS, LOSSES, read_inputs
+    from comfyui_deltaconv.nodes.distill_options import LOSSES, DistillOptions
+    from comfyui_deltaconv.nodes.host.distill_inputs import DistillInputs
 
-    widgets = {"kernels": KERNELS[0], "preview_every": 0, "samples": 1, "sample_size": 0}
-    widgets |= {"seed": 1, "save_every": 2, "precision": "float32", "initialisation": "random"}
-    widgets |= {"gradient_checkpointing": False, "batch_size": 2, "accumulate": 1}
-    for stage in ("layer", "joint"):
-        widgets |= {f"{stage}_steps": 3, f"{stage}_rate": 1e-3}
     for name, preset in LOSSES.items():
-        chosen = {**widgets, "losses": name, "eight_bit": True}
-        found = read_inputs({name: [value] for name, value in chosen.items()}).settings()
+        options = DistillOptions(losses=name, eight_bit=True, joint_steps=3, joint_rate=2e-3)
+        found = DistillInputs(options).settings()
         assert found.losses == PRESETS[preset]().losses and found.eight_bit
-        assert found.joint.steps == 3 and found.joint.lr == 1e-3
+        assert found.joint.steps == 3 and found.joint.lr == 2e-3
     assert set(LOSSES.values()) <= set(PRESETS) and list(LOSSES)[:2] == ["ours", "published"]
     assert PRESETS[LOSSES["published"]]().losses == paper_settings().losses
     (code,) = (name for name in LOSSES if "authors' code" in name)

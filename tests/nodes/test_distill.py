@@ -20,6 +20,7 @@ from comfyui_deltaconv.deltaconv.distillation.checkpoint import state_files
 from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
+from distill_nodes import distill as run_node
 
 pytestmark = pytest.mark.usefixtures("distilling")
 
@@ -47,9 +48,7 @@ def settings(layers=0, joint=0, **changes):
 
 
 def node(model, **changes):
-    """The node's outputs; as ComfyUI calls it, every input is a list."""
-    from comfyui_deltaconv.nodes.distill import DeltaConvDistill
-
+    """The node's outputs, trained on plain pictures."""
     inputs = {
         "kernels": "by size",
         "latents": pictures(),
@@ -66,7 +65,7 @@ def node(model, **changes):
         "save_every": 1,
         "preview_every": 0,
         "losses": "ours",
-        "initialisation": "random",
+        "initialization": "random",
         "precision": "float32",
         "gradient_checkpointing": True,
         "accumulate": 1,
@@ -74,12 +73,7 @@ def node(model, **changes):
         "sample_size": 16,
         **changes,
     }
-    as_lists = {
-        name: value if name in ("positive",) and value else [value]
-        for name, value in inputs.items()
-        if value is not None
-    }
-    return DeltaConvDistill.execute([model], **as_lists).args
+    return run_node(model, **inputs)
 
 
 def forward(model, size=16):
@@ -219,7 +213,7 @@ def test_pictures_of_teacher_and_student_and_the_curve_are_shown(model, progress
 @pytest.mark.any_comfyui
 def test_progress_is_shown_of_samples_and_initialisation_too(model, progress):
     own = {"latents": None, "positive": None, "unconditional": None, "prompts": "octopus"}
-    node(model, **own, layer_steps=1, samples=3, initialisation="informed", batch_size=8)
+    node(model, **own, layer_steps=1, samples=3, initialization="informed", batch_size=8)
     totals = [total for _, total, _ in progress]
     assert 20 in totals and 100 in totals and totals[-1] == 2
     # A bar that was full begins anew.
@@ -232,10 +226,12 @@ def test_time_left_is_from_the_pace_of_this_run(monkeypatch):
 
     now = [100.0]
     monkeypatch.setattr(preview.time, "monotonic", lambda: now[0])
-    preview = preview.LivePreview(None, settings(10, 9), 0)
+    preview = preview.LivePreview(None, 0)
     said = []
     for step in (4, 5, 6):
-        record = SimpleNamespace(stage="layers", step=step, steps=10, loss=1.0)
+        record = SimpleNamespace(
+            stage="layers", step=step, steps=10, loss=1.0, settings=settings(10, 9)
+        )
         monkeypatch.setattr(preview, "_say", lambda text, at_once=False: said.append(text))
         preview.show(record)
         now[0] += 2
@@ -368,7 +364,7 @@ def test_folder_of_the_own_samples_is_refused(model):
 
 
 def test_nothing_to_train_on_is_said(model):
-    with pytest.raises(ValueError, match="conditioning or prompts"):
+    with pytest.raises(ValueError, match="prompts to train with, got none"):
         node(model, positive=None)
 
 

@@ -7,7 +7,7 @@ from comfyui_deltaconv.development import ROOT
 from comfyui_deltaconv.development.comfyui.browser import in_page, load_workflow, open_page
 from selenium.webdriver.support.ui import WebDriverWait
 
-DISTILL = "DeltaConvDistill"
+DISTILL, SETTINGS = "DeltaConvDistill", "DeltaConvDistillSettings"
 LINE = f"""
 const node = app.graph.nodes.find(node => node.type === '{DISTILL}');
 return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? ''
@@ -31,13 +31,17 @@ def workflow():
 
 
 def with_widgets(browser, workflow, **values):
-    """Open the workflow with these widgets of the distillation, and queue it."""
+    """Open the workflow with these widgets of the distillation and its settings, and queue it."""
     load_workflow(browser, workflow)
     in_page(
         browser,
         f"""const node = app.graph.nodes.find(node => node.type === '{DISTILL}');
+        const settings = LiteGraph.createNode('{SETTINGS}');
+        app.graph.add(settings);
+        settings.connect(0, node, node.inputs.findIndex(input => input.name === 'settings'));
+        const widgets = [...node.widgets, ...settings.widgets];
         for (const [name, value] of Object.entries(arguments[0]))
-            node.widgets.find(widget => widget.name === name).value = value;
+            widgets.find(widget => widget.name === name).value = value;
         await app.queuePrompt(0);""",
         values,
     )
@@ -55,7 +59,9 @@ SMALL = {
     "batch_size": 1,
     "samples": 1,
     "sample_size": 16,
-    "initialisation": "random",
+    "initialization": "random",
+    "choice": "fastest",
+    "minutes": 0,
     "preview_every": 0,
     "save_every": 5,
 }
@@ -89,6 +95,6 @@ def test_a_new_node_keeps_its_seed(browser, server):
         browser,
         """const node = LiteGraph.createNode(arguments[0]);
         return node.widgets.find(widget => widget.label === 'control after generate').value""",
-        DISTILL,
+        SETTINGS,
     )
     assert control == "fixed"

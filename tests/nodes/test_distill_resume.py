@@ -7,6 +7,7 @@ import torch
 from comfyui_deltaconv.deltaconv.distillation.checkpoint import saved_seed, saved_steps, state_files
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.deltaconv.locality.recipe import Recipe
+from distill_nodes import distill
 
 pytestmark = pytest.mark.usefixtures("distilling")
 
@@ -23,7 +24,7 @@ DEFAULTS = {
     "save_every": 1,
     "preview_every": 0,
     "losses": "ours",
-    "initialisation": "random",
+    "initialization": "random",
     "precision": "float32",
     "gradient_checkpointing": True,
     "accumulate": 1,
@@ -46,11 +47,8 @@ def lines(monkeypatch):
 
 
 def node(model, **changes):
-    """The node's report; as ComfyUI calls it, every input is a list."""
-    from comfyui_deltaconv.nodes.distill import DeltaConvDistill
-
-    inputs = {name: [value] for name, value in {**DEFAULTS, **changes}.items()}
-    return DeltaConvDistill.execute([model], **inputs).args[2]
+    """The node's report."""
+    return distill(model, **{**DEFAULTS, **changes})[2]
 
 
 def folder(name="run"):

@@ -12,27 +12,36 @@ from comfyui_deltaconv.development.comfyui.workflow import to_prompt
 WORKFLOW = ROOT / "workflows" / "deltaconv_distill.json"
 
 
-def graph(server, folder, layer_steps, preview_every=0, choice="fastest"):
-    """Demo model → Distill → loss graph, saved weights, evaluation's pictures."""
-    widgets = server.object_info()["DeltaConvDistill"]["input"]
-    defaults = {
+def defaults_of(server, node):
+    """The widgets of a new node."""
+    inputs = server.object_info()[node]["input"]
+    return {
         name: entry[1]["default"]
-        for name, entry in {**widgets["required"], **widgets.get("optional", {})}.items()
+        for name, entry in {**inputs["required"], **inputs.get("optional", {})}.items()
         if "default" in entry[1]
     }
-    distill = {
-        **defaults,
-        "model": ["model", 0],
-        "latents": ["latent", 0],
+
+
+def graph(server, folder, layer_steps, preview_every=0, choice="fastest"):
+    """Demo model → Distill → loss graph, saved weights, evaluation's pictures."""
+    settings = {
+        **defaults_of(server, "DeltaConvDistillSettings"),
         "positive": ["prompt", 0],
         "unconditional": ["empty", 0],
         "layer_steps": layer_steps,
         "joint_steps": 0,
         "batch_size": 1,
-        "initialisation": "random",
-        "folder": folder,
+        "initialization": "random",
         "save_every": 5,
         "preview_every": preview_every,
+    }
+    distill = {
+        **defaults_of(server, "DeltaConvDistill"),
+        "model": ["model", 0],
+        "latents": ["latent", 0],
+        "settings": ["settings", 0],
+        "minutes": 0,
+        "folder": folder,
         "choice": choice,
     }
     nodes = {
@@ -43,6 +52,7 @@ def graph(server, folder, layer_steps, preview_every=0, choice="fastest"):
             "EmptyChromaRadianceLatentImage",
             {"width": 16, "height": 16, "batch_size": 1},
         ),
+        "settings": ("DeltaConvDistillSettings", settings),
         "distill": ("DeltaConvDistill", distill),
         "loss": ("LossGraphNode", {"loss": ["distill", 1], "filename_prefix": "loss"}),
         "save": ("DeltaConvSave", {"deltaconv": ["distill", 0], "filename_prefix": folder}),
@@ -132,12 +142,17 @@ def test_the_workflow_distils_saves_and_compares(server, workflow):
     prompt = to_prompt(workflow, server.object_info())
     nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
     version = server.get("/system_stats")["system"]["comfyui_version"]
-    small = {"layer_steps": 2, "joint_steps": 2, "batch_size": 2, "samples": 2, "sample_size": 16}
-    nodes["DeltaConvDistill"] |= {**small, "prompts": "red apple\noctopus"}
+    # By the steps of settings, which the workflow leaves to its time.
+    distill = nodes["DeltaConvDistill"]
+    distill |= {"minutes": 0, "prompts": "red apple\noctopus", "settings": ["settings", 0]}
+    settings = defaults_of(server, "DeltaConvDistillSettings")
+    settings |= {"layer_steps": 2, "joint_steps": 2, "batch_size": 2}
+    settings |= {"samples": 2, "sample_size": 16}
+    prompt["settings"] = {"class_type": "DeltaConvDistillSettings", "inputs": settings}
     nodes["EmptyChromaRadianceLatentImage"] |= {"width": 16, "height": 16}
     nodes["DeltaConvEvaluate"] |= {"steps": 2, "levels": 2, "seeds": "1"}
     if tuple(map(int, version.split(".")[:2])) < (0, 30):
-        nodes["DeltaConvDistill"]["joint_steps"] = 0
+        settings["joint_steps"] = 0
     entry = server.queue(prompt)
     assert entry["status"]["completed"]
     shown = {prompt[node]["class_type"] for node in entry["outputs"]}

@@ -240,8 +240,28 @@ def test_every_node_has_a_help_page(folders):
     for node in asyncio.run(extension.get_node_list()):
         schema = node.GET_SCHEMA()
         assert schema.node_id.startswith("DeltaConv") and schema.node_id.isascii()
-        assert schema.category == "model/patch/deltaconv"
+        assert schema.category == "ΔConv"
         assert schema.description
         page = ROOT / "web" / "docs" / f"{schema.node_id}.md"
         text = page.read_text(encoding="utf-8")
         assert text.startswith("# "), page
+        # The panel is too narrow for a table.
+        assert "|---" not in text, page
+
+
+# Where everything stands that the others leave out.
+MANY_INPUTS = {"DeltaConvDistillSettings"}
+
+
+def test_inputs_are_few_and_each_is_explained(folders):
+    import asyncio
+
+    import comfyui_deltaconv
+
+    extension = asyncio.run(comfyui_deltaconv.comfy_entrypoint())
+    for node in asyncio.run(extension.get_node_list()):
+        schema = node.GET_SCHEMA()
+        unexplained = [entry.id for entry in schema.inputs if not entry.tooltip]
+        assert not unexplained, schema.node_id
+        at_first = [entry.id for entry in schema.inputs if not getattr(entry, "advanced", None)]
+        assert len(at_first) <= 8 or schema.node_id in MANY_INPUTS, (schema.node_id, at_first)

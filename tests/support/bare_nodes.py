@@ -24,7 +24,7 @@ DISTILL = {
     "save_every": 1,
     "preview_every": 1,
     "losses": "ours",
-    "initialisation": "random",
+    "initialization": "random",
     "precision": "float32",
     "gradient_checkpointing": True,
     "accumulate": 1,
@@ -61,10 +61,13 @@ def given(torch) -> dict:
     from comfyui_deltaconv.nodes.choose import DeltaConvChoose
     from comfyui_deltaconv.nodes.compare import DeltaConvCompare
     from comfyui_deltaconv.nodes.demo import DeltaConvDemoModel, DeltaConvDemoPrompt
-    from comfyui_deltaconv.nodes.distill import DeltaConvDistill
     from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
     from comfyui_deltaconv.nodes.locality import DeltaConvLocality, DeltaConvSaveLocality
     from comfyui_deltaconv.nodes.recipe import DeltaConvRecipe
+
+    # A script that is run apart from its folder finds none of its neighbors.
+    sys.path.append(str(Path(__file__).parent))
+    from distill_nodes import distill
 
     model, weights = DeltaConvDemoModel.execute().args
     positive = DeltaConvDemoPrompt.execute("red apple").args[0]
@@ -75,9 +78,7 @@ def given(torch) -> dict:
     pictures = latent["samples"].new_zeros(1, 64, 64, 3)
     previews = []
     comfy.utils.set_progress_bar_global_hook(lambda *told, **_: previews.append(told[2]))
-    distilled = DeltaConvDistill.execute(
-        [model], **{name: [value] for name, value in DISTILL.items() if value is not None}
-    ).args
+    distilled = distill(model, **DISTILL)
     nodes = {
         "locality": measured[1:],
         "recipe": DeltaConvRecipe.execute(measured[0], "budget", 0.4).args,

@@ -17,9 +17,7 @@ FREE = with_steps(toy_settings(), 0, 0)
 
 
 def run(folder=None, plan=None, settings=FREE, teacher=None):
-    return distill(
-        teacher or ToyTeacher(), PLAN, toy_data(), settings, plan=plan, folder=folder
-    )
+    return distill(teacher or ToyTeacher(), PLAN, toy_data(), settings, plan=plan, folder=folder)
 
 
 def steps(layers, joint):
