@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..deltaconv.distillation import PRESETS, DistillationSettings
+from ..deltaconv.distillation.plan import with_steps
 from . import CommandError
 
 
@@ -20,6 +21,8 @@ class Configuration(BaseModel):
     samples: int = Field(64, ge=1, le=10**6)
     size: int | None = Field(None, ge=1, le=10**6)
     recipe: dict[Any, Any] = {}
+    choice: Literal["balanced", "faithful", "fastest"] = "balanced"
+    minutes: float | None = Field(None, gt=0, le=10**6, allow_inf_nan=False)
     gate: Literal["scaled", "sigmoid"] = "scaled"
     preset: Literal[tuple(PRESETS)] = "default"
     settings: dict[Any, Any] = {}
@@ -62,9 +65,10 @@ def _phrase(error: Any) -> str:
 
 
 def chosen_settings(configuration: Configuration) -> DistillationSettings:
-    """The preset with the configuration's own settings on top."""
+    """The preset with the configuration's own settings on top; no steps where minutes are."""
     mapping = PRESETS[configuration.preset]().to_mapping()
     for name, value in configuration.settings.items():
         nested = isinstance(value, dict) and name in ("layers", "joint")
         mapping[name] = {**mapping[name], **value} if nested else value
-    return DistillationSettings.from_mapping(mapping)
+    settings = DistillationSettings.from_mapping(mapping)
+    return settings if configuration.minutes is None else with_steps(settings, 0, 0)

@@ -3,6 +3,8 @@
 ComfyUI must be on the path (`host.enter`).
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +21,13 @@ SAMPLES = Path("output", "distill-samples")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def load_teacher(configuration: Configuration, settings: DistillationSettings):
-    """The packaged demo teacher, or the checkpoint that the configuration names."""
+def load_teacher(
+    configuration: Configuration, settings: DistillationSettings, *, joint: bool = False
+):
+    """The packaged demo teacher, or the checkpoint that the configuration names.
+
+    Gradients pass through it for the joint steps of the settings, or where `joint` may get some.
+    """
     from ..nodes.host.demo_model import load_demo_model
     from ..nodes.host.teacher import ComfyTeacher
 
@@ -41,13 +48,34 @@ def load_teacher(configuration: Configuration, settings: DistillationSettings):
         if model is None:
             raise CommandError(f"Expected a diffusion model in {name}, got none.")
         title = Path(name).name
-    teacher = ComfyTeacher(model, differentiable=settings.joint.steps > 0, name=title)
+    differentiable = joint or settings.joint.steps > 0
+    teacher = ComfyTeacher(model, differentiable=differentiable, name=title)
     teacher.clip, teacher.vae = clip, vae
     return teacher
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """A data set, or a function that makes it, and what is known of it before.
+
+    `shape` is that of its first latent, [C, H, W].
+    """
+
+    data: Dataset | Callable[[], Dataset]
+    conditions: Sequence
+    unconditional: object
+    shape: tuple[int, ...]
+
+
 def chosen_data(configuration: Configuration, teacher):
     """The demo's pictures or a folder's; of prompts a function that draws the teacher's samples."""
+    return chosen_inputs(configuration, teacher).data
+
+
+def chosen_inputs(
+    configuration: Configuration, teacher, enough: Callable[[int], bool] = lambda drawn: False
+) -> Inputs:
+    """What `chosen_data` gives, with its conditions; `enough` ends the drawing of samples."""
     from ..deltaconv.distillation.own_samples import own_samples
     from ..nodes.host.conditioning import encode_prompts
 
@@ -62,25 +90,30 @@ def chosen_data(configuration: Configuration, teacher):
     (unconditional,) = encode([""])
     if prompts := configuration.prompts:
         channels = teacher.patcher.model.latent_format.latent_channels
-        return partial(
+        shape, conditions = (channels, size // pixels, size // pixels), encode(prompts)
+        data = partial(
             own_samples,
             teacher,
-            encode(prompts),
+            conditions,
             list(map(str, prompts)),
             unconditional,
-            (channels, size // pixels, size // pixels),
+            shape,
             count=configuration.samples,
             cache=SAMPLES,
+            enough=enough,
             progress=_say_tenths,
         )
+        return Inputs(data, conditions, unconditional, shape)
     if configuration.data == "demo":
         if teacher.family != demo.FAMILY:
             raise CommandError("Expected data or prompts for a model of your own, got neither.")
         pictures, captions = demo.pictures()
-        return Dataset(list(pictures), encode(captions), unconditional)
-    pictures, captions = read_folder(Path(configuration.data), size)
-    latents = [_encode_picture(teacher, picture) for picture in pictures]
-    return Dataset(latents, encode(captions), unconditional)
+        latents = list(pictures)
+    else:
+        pictures, captions = read_folder(Path(configuration.data), size)
+        latents = [_encode_picture(teacher, picture) for picture in pictures]
+    data = Dataset(latents, encode(captions), unconditional)
+    return Inputs(data, data.conditions, unconditional, tuple(latents[0].shape))
 
 
 def _say_tenths(done: int, total: int) -> None:

@@ -56,6 +56,32 @@ def test_a_folder_of_pictures_is_distilled_resumed_and_logged(tmp_path, pictures
     assert "Weights:" in capsys.readouterr().out
 
 
+def test_minutes_plan_the_steps_and_a_choice_says_which_layers(tmp_path, monkeypatch, capsys):
+    from comfyui_deltaconv.deltaconv.distillation.choice import SiteCost
+    from comfyui_deltaconv.nodes.host import distill_choice
+
+    def costs(model, weights, size, batch):
+        """Those of a device on which one layer is most of the time."""
+        first, *others = weights.sites
+        found = {first: SiteCost(10.0, 1.0), **dict.fromkeys(others, SiteCost(1.0, 0.9))}
+        return found, "as a test says"
+
+    monkeypatch.setattr(distill_choice, "site_costs", costs)
+    monkeypatch.setattr(distill_choice, "_STEPS", 4)
+    monkeypatch.chdir(tmp_path)
+    settings = {"init": "random", "layers": {"batch": 2}, "joint": {"batch": 2}}
+    distill_as(
+        Configuration(
+            prompts=["octopus", "red apple"], samples=4, size=16, minutes=0.1, settings=settings
+        )
+    )
+    said = capsys.readouterr().out
+    assert "balanced: blocks in " in said and "as a test says" in said
+    assert "layer and " in said and "joint steps in all" in said
+    weights = read_weights(tmp_path / "output" / "distill" / "deltaconv.safetensors")
+    assert len(weights.sites) < 10 or weights.start > 0
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, pictures, monkeypatch, capsys):
     entries = {"data": str(pictures), "size": 16, "folder": str(tmp_path / "out")}
     entries["recipe"] = {"middle_block.1.transformer_blocks.0.attn1": 3}
@@ -103,10 +129,11 @@ def test_folders_without_usable_pictures_are_refused(tmp_path, content):
 
 def test_configuration_problems_are_listed_together(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text("model: 3\nsize: true\npreset: best\nmore: 1\n", encoding="utf-8")
+    wrong = "model: 3\nsize: true\npreset: best\nmore: 1\nminutes: 0\nchoice: most\n"
+    path.write_text(wrong, encoding="utf-8")
     with pytest.raises(CommandError) as error:
         read_configuration(path)
-    for word in ("model", "size", "preset", "more"):
+    for word in ("model", "size", "preset", "more", "minutes", "choice"):
         assert word in str(error.value)
 
 
