@@ -16,7 +16,6 @@ COLUMNS = ("teacher", "untrained", "initialised", "distilled")
 # Of the six minutes that the command may take; the rest is for starting ComfyUI.
 SECONDS = 310.0
 _BATCH = 8
-_MOST_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -39,81 +38,89 @@ class Pace:
         return _BATCH * max(4, min(16, batches))
 
 
-def training_steps(seconds: float, layer: float, joint: float) -> tuple[int, int]:
-    """Steps of both stages that fit into `seconds`, given one step's seconds: half of it each."""
-    fit = (int(seconds / 2 / max(each, 1e-9)) for each in (layer, joint))
-    return tuple(max(2, min(_MOST_STEPS, steps)) for steps in fit)
-
-
 def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict:
     """Distill the demo teacher within `seconds`, print how the loss falls, write grid and curve.
 
     ComfyUI must be on the path (`cli.host.enter`). The grid's columns are `COLUMNS`: untrained
-    blocks are random, initialized ones come from least squares alone. `side` is that of all
-    pictures in pixels. Returns {"psnr": dB by column, "mse": error on held-out noise by stage}.
+    blocks are random, initialized ones come from least squares alone, both in every layer and step;
+    distilled ones act in the layers and steps of the balanced choice, and are trained for those.
+    `side` is that of all pictures in pixels. Returns {"psnr": dB by column, "mse": error on
+    held-out noise by stage}.
     """
     from ..cli.distill import line_of
     from ..cli.distill_config import Configuration
     from ..cli.distill_inputs import load_teacher
     from ..deltaconv import write_weights
     from ..deltaconv.distillation import default_kernels, default_settings, distill, weights_of
+    from ..deltaconv.distillation.plan import steps_within, with_steps
     from ..deltaconv.distillation.plots import error_curve
+    from ..deltaconv.distillation.settings import read_plan
+    from ..nodes.host.distill_choice import chooser
 
     started = time.monotonic()
-    settings = default_settings(ema=0.9)
-    teacher = load_teacher(Configuration(), settings)
+    settings = with_steps(default_settings(ema=0.9), 0, 0)
+    settings = replace(
+        settings,
+        layers=replace(settings.layers, batch=_BATCH),
+        joint=replace(settings.joint, batch=_BATCH),
+    )
+    teacher = load_teacher(Configuration(), settings, joint=True)
     output.mkdir(parents=True, exist_ok=True)
+    plans = read_plan(default_kernels(teacher.model_sites.levels), teacher.dims)
+    data = _data(teacher, side)
+    choose = chooser(
+        teacher.patcher,
+        teacher,
+        plans,
+        "scaled",
+        (3, side, side),
+        conditions=data.conditions,
+        unconditional=data.unconditional,
+        wanted="balanced",
+        seed=0,
+        said=lambda sentence: print(sentence, flush=True),
+    )
     with teacher, _fastest_threads(teacher, side):
-        recipe = default_kernels(teacher.model_sites.levels)
-        data = _data(teacher, side)
-        blocks = _untrained(teacher, recipe)
+        blocks = _untrained(teacher, plans)
         pace = Pace(*(_seconds_of_a_call(teacher, b, side) for b in ({}, blocks)))
         steps = pace.picture_steps(seconds)
         print(f"Pictures of {steps} steps; teacher, then untrained blocks …", flush=True)
-        pictures = {"teacher": draw(teacher, {}, steps, side)}
         since = time.monotonic()
-        pictures["untrained"] = draw(teacher, blocks, steps, side)
-        # A column more is drawn at the end, and two errors measured.
+        pictures = {"teacher": draw(teacher, {}, steps, side)}
+        # A column more is drawn at the end, by both in parts, and two errors measured.
         reserve = 1.2 * (time.monotonic() - since) + 12 * (pace.teacher + pace.student) + 5
+        pictures["untrained"] = draw(teacher, blocks, steps, side)
         errors = []
 
         def measure(name, blocks):
             errors.append((name, time.monotonic() - started, _error(teacher, blocks, data)))
 
+        def plan(pace, settings):
+            left = started + seconds - reserve - time.monotonic()
+            return steps_within(settings, pace, left)
+
         measure("untrained", blocks)
-
-        settings = _with_steps(settings, 0, 0, init_images=pace.init_images(seconds))
+        settings = replace(settings, init_images=pace.init_images(seconds))
         print(f"Least squares on {settings.init_images} images …", flush=True)
-        (record,) = distill(teacher, recipe, data, settings)
-        blocks = record.student.averaged_blocks()
-        pictures["initialised"] = draw(teacher, blocks, steps, side)
-
-        measure("least squares", blocks)
-
-        layer, joint = _seconds_per_step(teacher, recipe, data, settings, blocks)
-        left = started + seconds - reserve - time.monotonic()
-        settings = _with_steps(settings, *training_steps(left, layer, joint))
-        print(
-            f"{settings.layers.steps} layer steps of {layer:.1f} s, {settings.joint.steps} joint "
-            f"steps of {joint:.1f} s …",
-            flush=True,
-        )
-        with closing(distill(teacher, recipe, data, settings, start=blocks)) as records:
+        with closing(distill(teacher, plans, data, settings, choose=choose, plan=plan)) as records:
             for record in records:
+                student = record.student
                 if record.stage == "init":
-                    continue
-                if record.step % 10 == 0 or record.step in (1, record.steps):
+                    pictures["initialised"] = draw(teacher, student.averaged_blocks(), steps, side)
+                    measure("least squares", student.averaged_blocks())
+                    print("Layers and steps are chosen …", flush=True)
+                elif record.stage == "choice":
+                    measure("chosen", student.averaged_blocks())
+                elif record.message or record.step % 10 == 0 or record.step in (1, record.steps):
                     print(line_of(record, time.monotonic() - started), flush=True)
-                if record.stage == "layers" and record.step == record.steps:
-                    measure("layer by layer", record.student.averaged_blocks())
-                at_end = record.stage == "joint" and record.step == record.steps
-                if not at_end and time.monotonic() > started + seconds - reserve:
+                over = time.monotonic() > started + seconds - reserve
+                if over and record.step < record.steps:
                     print("The machine became slower than it was measured: stopped here.")
                     break
         blocks = record.student.averaged_blocks()
-        pictures["distilled"] = draw(teacher, blocks, steps, side)
-        measure("joint" if record.stage == "joint" else "layer by layer, stopped", blocks)
-        weights = weights_of(record.student, teacher, settings)
+        pictures["distilled"] = draw(teacher, blocks, steps, side, record.student.start)
+        measure("trained", blocks)
+        weights = weights_of(record.student, teacher, record.settings)
     figures = {name: mean_psnr(pictures["teacher"], pictures[name]) for name in COLUMNS[1:]}
     drawn_sheet(pictures, figures).save(output / "distil_demo.png")
     if curve := error_curve(errors):
@@ -125,14 +132,6 @@ def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict
         print(f"{name:14} mse of the predicted noise on held-out noise {error:.5f}")
     print(f"{time.monotonic() - started:.0f} s in all. Grid: {output / 'distil_demo.png'}")
     return {"psnr": figures, "mse": {name: error for name, _, error in errors}}
-
-
-def _with_steps(settings, layers: int, joint: int, **changes):
-    def stage(old, steps):
-        return replace(old, steps=steps, batch=_BATCH, warmup=steps // 10)
-
-    layers, joint = stage(settings.layers, layers), stage(settings.joint, joint)
-    return replace(settings, layers=layers, joint=joint, **changes)
 
 
 def _data(teacher, side: int):
@@ -150,14 +149,14 @@ def _data(teacher, side: int):
     return data
 
 
-def _untrained(teacher, recipe: Mapping) -> dict:
+def _untrained(teacher, plans: Mapping) -> dict:
     import torch
 
-    from ..deltaconv.distillation.settings import new_blocks, read_plan
+    from ..deltaconv.distillation.settings import new_blocks
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return new_blocks(read_plan(recipe, teacher.dims), teacher.dims, "scaled")
+        return new_blocks(plans, teacher.dims, "scaled")
 
 
 @contextmanager
@@ -194,16 +193,6 @@ def _seconds_of_a_call(teacher, blocks: Mapping, side: int) -> float:
     return min(times)
 
 
-def _seconds_per_step(teacher, recipe, data, settings, blocks: Mapping) -> tuple[float, float]:
-    """Seconds of one step of either stage, the second of two: the first allocates."""
-    from ..deltaconv.distillation import distill
-
-    found, trial = {}, _with_steps(settings, 2, 2)
-    for record in distill(teacher, recipe, data, trial, start=blocks):
-        found[record.stage] = record.seconds
-    return found["layers"], found["joint"]
-
-
 def _error(teacher, blocks: Mapping, data) -> float:
     """Mse of the predicted noise on 16 images of held-out noise."""
     from ..deltaconv.distillation.evaluation import held_out_error
@@ -211,8 +200,11 @@ def _error(teacher, blocks: Mapping, data) -> float:
     return held_out_error(teacher, blocks, data, batches=2)
 
 
-def draw(teacher, blocks: Mapping, steps: int, side: int):
-    """Pictures [B, 3, H, W] of the prompts, from equal noise; no blocks: the teacher's own."""
+def draw(teacher, blocks: Mapping, steps: int, side: int, start: float = 0.0):
+    """Pictures [B, 3, H, W] of the prompts, from equal noise, with blocks from `start` on.
+
+    No blocks: the teacher's own.
+    """
     import torch
 
     from ..deltaconv.distillation import in_place_of_attention, sample
@@ -223,7 +215,9 @@ def draw(teacher, blocks: Mapping, steps: int, side: int):
     (unconditional,) = encode_prompts(teacher, [""], None)
     conditions = encode_prompts(teacher, PROMPTS, None)
     visit = in_place_of_attention(blocks)
-    latents = sample(teacher, conditions, unconditional, noise, steps=steps, visit=visit)
+    latents = sample(
+        teacher, conditions, unconditional, noise, steps=steps, visit=visit, start=start
+    )
     return latents.clamp(-1, 1).cpu()
 
 

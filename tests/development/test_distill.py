@@ -8,7 +8,7 @@ import torch
 from comfyui_deltaconv.deltaconv import read_weights
 from comfyui_deltaconv.deltaconv.distillation import PRESETS
 from comfyui_deltaconv.development.distill_compare import AUTHORS, _authors, _begun, _steps_within
-from comfyui_deltaconv.development.distill_demo import Pace, distill_demo, training_steps
+from comfyui_deltaconv.development.distill_demo import Pace, distill_demo
 from PIL import Image
 
 
@@ -25,19 +25,16 @@ def test_a_comparison_trains_with_the_preset_that_it_names(preset):
 
 @pytest.mark.parametrize("seconds", [0.005, 0.5, 5.0, 60.0])
 def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
-    """A fifth for pictures, an eighth for the initialization, the rest halved between stages."""
+    """A fifth for pictures, an eighth for the initialization."""
     pace = Pace(teacher=seconds, student=seconds / 2)
     pictures = 2 * pace.picture_steps(310) * (seconds + 3 * seconds / 2)
     init = 2 * pace.init_images(310) * seconds / 4
-    layers, joint = training_steps(150, seconds, 2 * seconds)
-    training = layers * seconds + joint * 2 * seconds
     if seconds < 1:
-        assert pictures + init + training < 0.5 * 310 + 150
+        assert pictures + init < 0.5 * 310
     if seconds < 0.1:
-        assert (pace.picture_steps(310), layers, joint) == (20, 300, 300)
+        assert pace.picture_steps(310) == 20
     # However slow, each part is there.
     assert pace.picture_steps(310) >= 6 and pace.init_images(310) >= 32
-    assert layers >= 2 and joint >= 2
 
 
 @pytest.mark.any_comfyui
@@ -52,9 +49,10 @@ def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsy
     grid = Image.open(tmp_path / "distil_demo.png")
     assert grid.width > 4 * 192 and grid.height > 4 * 192
     assert Image.open(tmp_path / "distil_demo_loss.png").width > 400
-    assert len(read_weights(tmp_path / "distil_demo.safetensors").sites) == 10
     said = capsys.readouterr().out
-    for words in ("layer steps of", "joint", "PSNR", "held-out noise"):
+    weights = read_weights(tmp_path / "distil_demo.safetensors")
+    assert f"blocks in {len(weights.sites)} of 10 layers" in said
+    for words in ("joint steps in all", "PSNR", "held-out noise"):
         assert words in said
 
 
