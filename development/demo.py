@@ -1,7 +1,7 @@
 """`python dev.py demo`: the demo workflow in a real ComfyUI server, with and without ΔConv.
 
-Draws each prompt with the teacher and with the student from the same noise, one picture at a time,
-times both samplers, and writes a labelled sheet of the pictures.
+Draws each prompt with the teacher, with the student, and with blocks where they pay most, from the
+same noise, one picture at a time, times the samplers, and writes a labelled sheet of the pictures.
 """
 
 import argparse
@@ -28,6 +28,11 @@ from .demo_locality import draw_locality
 WORKFLOW = ROOT / "workflows" / "deltaconv_demo.json"
 PROMPTS = ("red apple", "sun with face", "cat face", "octopus")
 WARM_UP_STEPS = 1
+# Inputs of Apply ΔConv: the layers of the largest map, which are nearly all of attention's time,
+# and not the first steps, which decide what the picture shows.
+BALANCED = {"sites": "level 0", "start_percent": 0.25}
+# Role → its name on paper.
+ROLES = {"teacher": "self-attention", "student": "ΔConv", "balanced": "ΔConv, balanced"}
 
 
 @dataclass(frozen=True)
@@ -38,28 +43,32 @@ class Graph:
     text: str
     samplers: dict[str, str]
     previews: dict[str, str]
+    apply: str
 
     @classmethod
     def read(cls, object_info: Json) -> "Graph":
         workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
         prompt = to_prompt(workflow, object_info)
-        samplers, previews, text = {}, {}, ""
+        samplers, previews, text, apply = {}, {}, "", ""
         for node in prompt:
             if prompt[node]["class_type"] == "KSampler":
                 sources = links(prompt[node])
-                patched = prompt[sources["model"][0]]["class_type"] == "DeltaConvApply"
+                model = sources["model"][0]
+                patched = prompt[model]["class_type"] == "DeltaConvApply"
                 samplers["student" if patched else "teacher"] = node
+                apply = model if patched else apply
                 text = sources["positive"][0]
         for node in prompt:
             if prompt[node]["class_type"] == "PreviewImage":
                 (role,) = (r for r in samplers if samplers[r] in without_others(prompt, node))
                 previews[role] = node
-        return cls(prompt, text, samplers, previews)
+        return cls(prompt, text, samplers, previews, apply)
 
-    def with_inputs(self, text: str, **sampler_inputs: object) -> Json:
-        """A copy of the prompt that draws `text`."""
+    def with_inputs(self, text: str, apply: Json | None = None, **sampler_inputs: object) -> Json:
+        """A copy of the prompt that draws `text`, with these inputs of Apply ΔConv."""
         prompt = copy.deepcopy(self.prompt)
         prompt[self.text]["inputs"]["text"] = text
+        prompt[self.apply]["inputs"] |= apply or {}
         for node in self.samplers.values():
             prompt[node]["inputs"] |= sampler_inputs
         return prompt
@@ -130,11 +139,12 @@ def main(argv: list[str]) -> int:
 
     path = options.output / "teacher_and_student.png"
     psnr = _save_grid(path, options.prompts, pictures, fairer, options.steps)
+    by_prompt = {role: dict(zip(options.prompts, psnr[role], strict=True)) for role in psnr}
     ways = {
         f"as ComfyUI chose its attention ({attention})": chosen,
         f"with {FASTEST_ATTENTION}": fairer,
     }
-    for line in report(ways, dict(zip(options.prompts, psnr, strict=True))):
+    for line in report(ways, by_prompt):
         print(line)
     print(f"\nPicture: {path.resolve()}")
     return 0
@@ -146,20 +156,27 @@ def attention_of(server: Server) -> str:
     return found[1] if found else "unknown"
 
 
-def report(ways: dict[str, dict[str, list[float]]], psnr: dict[str, float]) -> list[str]:
-    """The figures as lines of text; per way of attention the seconds of each picture, by role."""
-    width = 2 + max(map(len, (*psnr, "self-attention")))
+def report(ways: dict[str, dict[str, list[float]]], psnr: dict[str, dict[str, float]]) -> list[str]:
+    """The figures as lines of text; per way of attention the seconds of each picture, by role.
+
+    `psnr` maps role to prompt to dB against the teacher's picture.
+    """
+    prompts = next(iter(psnr.values()))
+    width = 2 + max(map(len, (*prompts, *ROLES.values())))
     lines = ["", "Seconds per picture: the sampler node, mean after a warm-up (range, pictures)"]
     for way, seconds in ways.items():
-        faster = mean(seconds["teacher"]) / mean(seconds["student"])
-        lines.append(f"  {way}: ΔConv is {faster:.1f}× faster")
-        for name, role in (("self-attention", "teacher"), ("ΔConv", "student")):
+        faster = {role: mean(seconds["teacher"]) / mean(seconds[role]) for role in psnr}
+        said = ", ".join(f"{ROLES[role]} is {times:.1f}× faster" for role, times in faster.items())
+        lines.append(f"  {way}: {said}")
+        for role, name in ROLES.items():
             values = seconds[role]
             spread = f"({min(values):.1f}–{max(values):.1f}, {len(values)})"
             lines.append(f"    {name:<{width}}{mean(values):6.2f}  {spread}")
-    lines += ["", "PSNR of the student's picture against the teacher's, in dB"]
-    lines += [f"    {prompt:<{width}}{value:6.1f}" for prompt, value in psnr.items()]
-    return [*lines, f"    {'mean':<{width}}{mean(psnr.values()):6.1f}"]
+    for role, values in psnr.items():
+        lines += ["", f"PSNR of the picture by {ROLES[role]} against the teacher's, in dB"]
+        lines += [f"    {prompt:<{width}}{value:6.1f}" for prompt, value in values.items()]
+        lines.append(f"    {'mean':<{width}}{mean(values.values()):6.1f}")
+    return lines
 
 
 def _draw(server: Server, prompts: Sequence[str], steps: int):
@@ -167,26 +184,32 @@ def _draw(server: Server, prompts: Sequence[str], steps: int):
     from tqdm import tqdm
 
     graph = Graph.read(server.object_info())
-    roles = ("teacher", "student")
-    wanted = [graph.previews[role] for role in roles]
 
-    def prompt_for(text: str, steps: int, **inputs: object) -> Json:
-        return without_others(graph.with_inputs(text, steps=steps, **inputs), *wanted)
+    def prompt_for(text: str, steps: int, roles: Sequence[str], **inputs: object) -> Json:
+        previews = [graph.previews[role] for role in roles]
+        return without_others(graph.with_inputs(text, steps=steps, **inputs), *previews)
 
+    # What one prompt draws in turn: roles, each with the graph's role that draws it.
+    turns = (
+        ({"teacher": "teacher", "student": "student"}, None),
+        ({"balanced": "student"}, BALANCED),
+    )
     # Loads the model and lets torch choose its algorithms; another seed, so nothing is reused.
-    server.queue(prompt_for("rocket", WARM_UP_STEPS, seed=0))
-    pictures, seconds = {role: [] for role in roles}, {role: [] for role in roles}
-    total = len(prompts) * len(roles) * steps
+    server.queue(prompt_for("rocket", WARM_UP_STEPS, ["teacher", "student"], seed=0))
+    pictures, seconds = {role: [] for role in ROLES}, {role: [] for role in ROLES}
+    total = len(prompts) * len(ROLES) * steps
     # In a file or a build log, a line now and then is enough.
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
         for text in prompts:
             bar.set_description(text)
-            watch = Watch(bar)
-            history = server.queue(prompt_for(text, steps), on_event=watch)
-            for role in roles:
-                seconds[role].append(watch.seconds[graph.samplers[role]])
-                pictures[role].append(_picture(server, history, graph.previews[role]))
+            for roles, apply in turns:
+                watch = Watch(bar)
+                prompt = prompt_for(text, steps, list(roles.values()), apply=apply)
+                history = server.queue(prompt, on_event=watch)
+                for role, drawn_by in roles.items():
+                    seconds[role].append(watch.seconds[graph.samplers[drawn_by]])
+                    pictures[role].append(_picture(server, history, graph.previews[drawn_by]))
     return pictures, seconds
 
 
@@ -197,34 +220,35 @@ def _picture(client: Client, history: Json, node: str):
     return Image.open(io.BytesIO(client.view(image))).convert("RGB")
 
 
-def _save_grid(path: Path, prompts, pictures, seconds, steps: int) -> list[float]:
-    """Write the labelled sheet → PSNR of every pair in dB."""
+def _save_grid(path: Path, prompts, pictures, seconds, steps: int) -> dict[str, list[float]]:
+    """Write the labelled sheet → role → PSNR of every picture against the teacher's, in dB."""
     import numpy as np
     import torch
 
     from ..deltaconv.pictures.metrics import compare
-    from .grid import Pair, draw_grid
+    from .grid import Column, draw_grid
 
     def batch(role: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([np.asarray(image) for image in pictures[role]])) / 255
 
-    psnr = compare(batch("teacher"), batch("student")).psnr
-    pairs = [
-        Pair(prompt, teacher, student, f"PSNR {value:.1f} dB")
-        for prompt, teacher, student, value in zip(
-            prompts, pictures["teacher"], pictures["student"], psnr, strict=True
+    others = [role for role in ROLES if role != "teacher"]
+    psnr = {role: compare(batch("teacher"), batch(role)).psnr for role in others}
+    columns = [
+        Column(
+            prompt,
+            [pictures[role][index] for role in ROLES],
+            ["", *(f"PSNR {psnr[role][index]:.1f} dB" for role in others)],
         )
+        for index, prompt in enumerate(prompts)
     ]
-    rows = [
-        ("self-attention", f"{mean(seconds['teacher']):.1f} s per picture"),
-        ("ΔConv", f"{mean(seconds['student']):.1f} s per picture"),
-    ]
-    title = "One model, the same noise: all self-attention replaced by ΔConvBlocks"
+    rows = [(name, f"{mean(seconds[role]):.1f} s per picture") for role, name in ROLES.items()]
+    title = "One model, the same noise: ΔConvBlocks in place of all self-attention, and balanced"
+    means = ", ".join(f"{ROLES[role]} {mean(psnr[role]):.1f} dB" for role in others)
     footer = (
-        f"mean PSNR {mean(psnr):.1f} dB · {steps} steps · {platform.machine()}, "
+        f"mean PSNR: {means} · {steps} steps · {platform.machine()}, "
         f"torch {torch.__version__.partition('+')[0]} · emoji after Noto Color Emoji (SIL OFL 1.1)"
     )
-    draw_grid(pairs, rows, title, footer).save(path)
+    draw_grid(columns, rows, title, footer).save(path)
     return psnr
 
 

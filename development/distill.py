@@ -1,6 +1,6 @@
 """`python dev.py distill`: `deltaconv distill`, and the comparisons behind the README.
 
---demo and --compare take no configuration and compute on the CPU."""
+--demo, --balanced and --compare take no configuration and compute on the CPU."""
 
 import argparse
 
@@ -8,6 +8,7 @@ from ..cli import distill as product
 from ..cli.host import entered, find_comfyui
 from . import ROOT
 from .comfyui.tree import chosen_tree
+from .distill_balanced import measure_balanced
 from .distill_compare import AUTHORS, compare_recipes
 from .distill_demo import distill_demo
 
@@ -35,10 +36,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--demo", action="store_true", help="a few minutes of it on the demo, with a grid"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="for --compare")
+    parser.add_argument(
+        "--balanced",
+        type=float,
+        metavar="MINUTES",
+        help="the demo with a choice of layers and steps, for so long per seed: PSNR of pictures",
+    )
+    parser.add_argument("--side", type=int, default=64, help="for --balanced: of the pictures")
+    parser.add_argument("--seeds", type=int, default=3, help="for --compare, --balanced")
     options = parser.parse_args(argv)
     options.comfyui = options.comfyui or chosen_tree()
-    if not (options.compare or options.demo):
+    if not (options.compare or options.balanced or options.demo):
         return product.run(options)
     with entered(find_comfyui(options.comfyui)):
         if options.compare:
@@ -46,6 +54,9 @@ def main(argv: list[str]) -> int:
             name = "" if options.against == "paper" else f"-{options.against}"
             output = ROOT / "output" / f"distil-compare{name}.json"
             compare_recipes(options.compare, options.seeds, output, options.against)
+        elif options.balanced:
+            output = ROOT / "output" / f"distil-balanced-{options.side}.json"
+            measure_balanced(options.balanced, options.seeds, options.side, output)
         else:
             distill_demo(ROOT / "output")
     return 0

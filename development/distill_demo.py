@@ -67,7 +67,7 @@ def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict
     teacher = load_teacher(Configuration(), settings, joint=True)
     output.mkdir(parents=True, exist_ok=True)
     plans = read_plan(default_kernels(teacher.model_sites.levels), teacher.dims)
-    data = _data(teacher, side)
+    data = demo_data(teacher, side)
     choose = chooser(
         teacher.patcher,
         teacher,
@@ -134,7 +134,7 @@ def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict
     return {"psnr": figures, "mse": {name: error for name, _, error in errors}}
 
 
-def _data(teacher, side: int):
+def demo_data(teacher, side: int):
     """The demo's pictures with their captions, at `side` pixels."""
     import torch
 
@@ -142,10 +142,13 @@ def _data(teacher, side: int):
     from ..cli.distill_inputs import chosen_data
 
     data = chosen_data(Configuration(), teacher)
-    if side != data.latents[0].shape[-1]:
-        pictures = torch.stack(list(data.latents))
-        smaller = torch.nn.functional.interpolate(pictures, (side, side), mode="area")
-        data = replace(data, latents=list(smaller))
+    native = data.latents[0].shape[-1]
+    if side != native:
+        mode = "area" if side < native else "bicubic"
+        pictures = torch.nn.functional.interpolate(
+            torch.stack(list(data.latents)), (side, side), mode=mode
+        )
+        data = replace(data, latents=list(pictures.clamp(-1, 1)))
     return data
 
 

@@ -1,4 +1,4 @@
-"""The demo's sheet of pictures: a column per prompt, teacher above student, figures under each."""
+"""The demo's sheet of pictures: a column per prompt, a row per model, a line under each picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,27 +12,26 @@ _TEXT = 19
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One prompt's two pictures of one size, and the line that stands under them."""
+class Column:
+    """One prompt's pictures of one size, and the line under each."""
 
     prompt: str
-    teacher: Image.Image
-    student: Image.Image
-    caption: str
+    pictures: Sequence[Image.Image]
+    captions: Sequence[str]
 
 
 def draw_grid(
-    pairs: Sequence[Pair], rows: Sequence[tuple[str, str]], title: str, footer: str
+    columns: Sequence[Column], rows: Sequence[tuple[str, str]], title: str, footer: str
 ) -> Image.Image:
-    """The sheet as RGB; `rows` are name and remark of the teacher's and the student's row."""
-    bands = [pairs[start : start + COLUMNS] for start in range(0, len(pairs), COLUMNS)]
+    """The sheet as RGB; `rows` are name and remark of each row of pictures."""
+    bands = [columns[start : start + COLUMNS] for start in range(0, len(columns), COLUMNS)]
     names = [f"{name}\n{remark}" for name, remark in rows]
     parts = [
         sheet(
-            [[pair.teacher for pair in band], [pair.student for pair in band]],
-            columns=[pair.prompt or "(no prompt)" for pair in band],
+            [list(row) for row in zip(*(column.pictures for column in band), strict=True)],
+            columns=[column.prompt or "(no prompt)" for column in band],
             names=names,
-            captions=[[""] * len(band), [pair.caption for pair in band]],
+            captions=[list(row) for row in zip(*(column.captions for column in band), strict=True)],
             size=_TEXT,
         )
         for band in bands
