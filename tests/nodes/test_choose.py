@@ -55,6 +55,7 @@ def test_node_chooses_layers_and_a_start_that_apply_takes(model, weights, costs,
     assert not torch.equal(sample(patched, (16, 16)), sample(model, (16, 16)))
 
 
+@pytest.mark.any_comfyui
 def test_presets_differ_as_they_say(model, weights, costs):
     everything = run(model, weights, preset="fastest")
     assert everything[0].sites == weights.sites and everything[0].start == 0
@@ -95,6 +96,7 @@ def test_the_first_call_of_attention_does_not_count():
     assert cost.attention < 0.2
 
 
+@pytest.mark.any_comfyui
 def test_costs_are_counted_where_a_layer_cannot_be_timed(model, weights, monkeypatch):
     from comfyui_deltaconv.nodes.host import choose
 
@@ -141,6 +143,7 @@ class Vae:
         return torch.full((len(latents), *latents.shape[2:], 3), 0.5)
 
 
+@pytest.mark.any_comfyui
 def test_every_prompt_is_measured_and_the_first_are_shown(costs, model, weights):
     vae = Vae()
     prompts = [*condition("red apple"), *condition("octopus"), *condition("purple heart")]
@@ -149,6 +152,7 @@ def test_every_prompt_is_measured_and_the_first_are_shown(costs, model, weights)
     assert vae.batches and set(vae.batches) == {2}
 
 
+@pytest.mark.any_comfyui
 def test_weights_that_act_late_stay_late(costs, model, weights):
     late = weights.only(weights.sites, 0.5)
     chosen, recipe, _, report = run(model, late, preset="faithful")

@@ -555,6 +555,7 @@ def test_evaluate_node_wants_only_the_size_of_a_latent(model):
         DeltaConvEvaluate.execute(model, weights, positive=[], **inputs)
 
 
+@pytest.mark.any_comfyui
 def test_chosen_layers_alone_are_distilled_and_say_from_where_they_act(model, monkeypatch):
     from comfyui_deltaconv.nodes.host import distill_choice
 
@@ -568,6 +569,7 @@ def test_chosen_layers_alone_are_distilled_and_say_from_where_they_act(model, mo
     assert kept or weights.start
 
 
+@pytest.mark.any_comfyui
 def test_where_no_block_is_faster_all_are_distilled(model, monkeypatch):
     from comfyui_deltaconv.deltaconv.distillation.choice import SiteCost
     from comfyui_deltaconv.nodes.host import distill_choice
@@ -580,6 +582,7 @@ def test_where_no_block_is_faster_all_are_distilled(model, monkeypatch):
     assert "no block is faster than attention at this size: all are distilled" in report
 
 
+@pytest.mark.any_comfyui
 def test_a_recipe_says_from_where_the_blocks_act(model):
     recipe = Recipe({site: BlockPlan(3) for site in demo_sites(model)}, start=0.4)
     weights, _, report = node(model, recipe=recipe, choice="balanced")

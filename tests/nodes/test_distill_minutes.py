@@ -42,6 +42,7 @@ def test_samples_and_steps_fit_into_the_minutes(model):
     assert 2 <= drawn <= 64
 
 
+@pytest.mark.any_comfyui
 def test_a_done_run_is_trained_for_its_minutes_again(model):
     first = distill(model, **SMALL, minutes=0.05)
     again = distill(model, **SMALL, minutes=0.05, seed=1)
@@ -50,6 +51,7 @@ def test_a_done_run_is_trained_for_its_minutes_again(model):
     assert len(again[1]["loss"]) > len(first[1]["loss"])
 
 
+@pytest.mark.any_comfyui
 def test_a_run_that_became_slow_ends_in_time_and_goes_on_by_its_plan(model, monkeypatch):
     from comfyui_deltaconv.nodes.host import distill_time
 
@@ -63,6 +65,7 @@ def test_a_run_that_became_slow_ends_in_time_and_goes_on_by_its_plan(model, monk
     assert len(loss_map["loss"]) == sum(planned(report)) or "stopped at" in again
 
 
+@pytest.mark.any_comfyui
 def test_no_minutes_take_the_steps_of_the_settings(model):
     _, loss_map, report = distill(model, **SMALL, layer_steps=3, joint_steps=0, samples=2)
     assert len(loss_map["loss"]) == 3 and planned(report) is None

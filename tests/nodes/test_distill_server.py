@@ -76,6 +76,7 @@ def graph(server, folder, layer_steps, preview_every=0, choice="fastest"):
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
 
 
+@pytest.mark.any_comfyui
 def test_every_socket_of_the_distillation_graph_works(server):
     entry = server.queue(graph(server, "whole", 3, preview_every=2, choice="balanced"))
     assert entry["status"]["completed"]

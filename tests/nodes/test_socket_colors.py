@@ -1,5 +1,6 @@
 """The pack's own sockets have colors in the real page, in either renderer."""
 
+import pytest
 from comfyui_deltaconv.development.comfyui.browser import in_page, open_page
 
 COLORS = """
@@ -22,6 +23,7 @@ def own_types(server):
     return sorted({kind for kind in inputs + outputs if str(kind).startswith("DELTACONV")})
 
 
+@pytest.mark.any_comfyui
 def test_every_socket_of_our_own_has_a_color_of_its_own_in_every_palette(browser, server):
     types = own_types(server)
     assert "DELTACONV" in types and len(types) >= 4
