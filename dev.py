@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
     "lint": "check style, formatting, import contracts and types",
     "lock": "write the versions that set-up installs anew; --upgrade takes the newest",
+    "locales": "write the English texts of all nodes, for translations",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",
     "measures": "find which figure ranks students of the demo as their pictures do",
     "release": "say what still keeps this version from being published",
