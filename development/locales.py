@@ -1,4 +1,4 @@
-"""`python dev.py locales`: write the English texts of all nodes, from which the others are translated.
+"""`python dev.py locales`: write the English texts of all nodes, from which the others come.
 
 The other languages' files are written by people; a test names what one of them lacks.
 """

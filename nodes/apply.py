@@ -2,20 +2,22 @@
 
 from comfy_api.latest import io
 
-from ..deltaconv.application.report import ApplicationFacts, application_report
+from ..deltaconv.application.report import ApplicationFacts, application_report, application_summary
 from ..deltaconv.weights.compatibility import check_fit, select_sites
 from ..kernels import GATES
 from .host.application import Application
 from .host.inert import inert_parts
+from .host.node_text import show_on_node
 from .host.patch import attach, choose_ways, compute_dtype, is_patched, load_blocks
 from .host.sites import find_sites
+from .node import Node
 from .sockets import CATEGORY, DeltaConv
 
 _OWN_GATE = "from the weights"
 _ALWAYS, _WHERE_FASTER = "always", "where faster"
 
 
-class DeltaConvApply(io.ComfyNode):
+class DeltaConvApply(Node):
     """MODEL and DELTACONV → MODEL with ΔConvBlocks in place of self-attention, and a report."""
 
     @classmethod
@@ -154,4 +156,5 @@ class DeltaConvApply(io.ComfyNode):
             where_faster=application.where_faster,
             chosen=application.chosen,
         )
+        show_on_node(application_summary(facts))
         return io.NodeOutput(patched, application_report(facts))

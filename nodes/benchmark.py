@@ -2,10 +2,11 @@
 
 from comfy_api.latest import io, ui
 
+from .node import Node
 from .sockets import CATEGORY, DeltaConv
 
 
-class DeltaConvBenchmark(io.ComfyNode):
+class DeltaConvBenchmark(Node):
     """MODEL, DELTACONV and sizes → table and plot of step times, attention against ΔConv."""
 
     @classmethod

@@ -5,12 +5,13 @@ from comfy_api.latest import io
 
 from ..deltaconv.families import native_latent
 from .host.sites import find_sites
+from .node import Node
 from .sockets import CATEGORY, DeltaConv, Recipe
 
 _OWN = "own share"
 
 
-class DeltaConvChoose(io.ComfyNode):
+class DeltaConvChoose(Node):
     """MODEL, DELTACONV and a prompt → the layers and steps that lose least for the time saved."""
 
     @classmethod

@@ -3,10 +3,11 @@
 from comfy_api.latest import io
 
 from ..deltaconv.pictures.metrics import compare, side_by_side
+from .node import Node
 from .sockets import CATEGORY
 
 
-class DeltaConvCompare(io.ComfyNode):
+class DeltaConvCompare(Node):
     """Two IMAGE batches → one labelled picture, PSNR and SSIM as text and numbers."""
 
     @classmethod

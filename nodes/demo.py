@@ -5,10 +5,11 @@ from comfy_api.latest import io
 from ..deltaconv import demo, read_weights
 from .host.demo_model import load_demo_model
 from .host.node_text import show_on_node
+from .node import Node
 from .sockets import CATEGORY, DeltaConv
 
 
-class DeltaConvDemoModel(io.ComfyNode):
+class DeltaConvDemoModel(Node):
     """The packaged teacher and the ΔConv weights distilled from it."""
 
     @classmethod
@@ -31,7 +32,7 @@ class DeltaConvDemoModel(io.ComfyNode):
         return io.NodeOutput(load_demo_model(), read_weights(demo.DELTACONV_PATH))
 
 
-class DeltaConvDemoPrompt(io.ComfyNode):
+class DeltaConvDemoPrompt(Node):
     """Text → CONDITIONING of the demo model, and what it could not read."""
 
     @classmethod

@@ -3,12 +3,13 @@
 from comfy_api.latest import io
 
 from .distill_options import DistillOptions
+from .node import Node
 from .sockets import CATEGORY, DeltaConv, DistillSettings, LossMap
 
 CHOICES = ("balanced", "faithful", "fastest")
 
 
-class DeltaConvDistill(io.ComfyNode):
+class DeltaConvDistill(Node):
     """MODEL → DELTACONV, LOSS_MAP and a report; saves while it runs, and resumes."""
 
     @classmethod

@@ -3,12 +3,13 @@
 from comfy_api.latest import io
 
 from .distill_options import INITIALIZATIONS, KERNELS, LOSSES, PRECISIONS, DistillOptions
+from .node import Node
 from .sockets import CATEGORY, DeltaConv, DistillSettings, Recipe
 
 _DEFAULT = DistillOptions()
 
 
-class DeltaConvDistillSettings(io.ComfyNode):
+class DeltaConvDistillSettings(Node):
     """Inputs → DELTACONV_DISTILL_SETTINGS for the distillation node."""
 
     @classmethod

@@ -9,10 +9,11 @@ from comfy_api.latest import io
 from ..deltaconv.families import native_latent
 from ..deltaconv.pictures.metrics import compare, side_by_side
 from ..deltaconv.weights.compatibility import check_fit
+from .node import Node
 from .sockets import CATEGORY, DeltaConv
 
 
-class DeltaConvEvaluate(io.ComfyNode):
+class DeltaConvEvaluate(Node):
     """MODEL, DELTACONV, conditioning, seeds → errors by noise level and site, pictures, figures."""
 
     @classmethod

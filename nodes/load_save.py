@@ -7,10 +7,12 @@ from comfy_api.latest import io
 
 from ..deltaconv import read_weights, write_weights
 from .host.folders import FOLDER, PUBLISHED, find_file, offered_files, output_folder
+from .host.node_text import show_on_node
+from .node import Node
 from .sockets import CATEGORY, DeltaConv
 
 
-class DeltaConvLoad(io.ComfyNode):
+class DeltaConvLoad(Node):
     """A file of the folder `deltaconv` → DELTACONV; its blocks are checked, not kept in memory."""
 
     @classmethod
@@ -56,7 +58,7 @@ class DeltaConvLoad(io.ComfyNode):
         return io.NodeOutput(read_weights(find_file(file), finite=True))
 
 
-class DeltaConvSave(io.ComfyNode):
+class DeltaConvSave(Node):
     """DELTACONV → a numbered file in output/deltaconv, and its name."""
 
     @classmethod
@@ -91,4 +93,6 @@ class DeltaConvSave(io.ComfyNode):
         file = f"{name}_{counter:05}_.safetensors"
         write_weights(deltaconv, os.path.join(folder, file))
         folder_paths.filename_list_cache.pop(FOLDER, None)
-        return io.NodeOutput(os.path.join(subfolder, file))
+        saved = os.path.join(subfolder, file)
+        show_on_node(f"saved as {saved} in output/deltaconv")
+        return io.NodeOutput(saved)

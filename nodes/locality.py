@@ -8,10 +8,11 @@ from comfy_api.latest import io
 
 from ..deltaconv.locality.settings import SENSITIVITIES, LocalityPlan, parse_percents, parse_points
 from .host.folders import output_folder
+from .node import Node
 from .sockets import CATEGORY, DeltaConv, Locality
 
 
-class DeltaConvLocality(io.ComfyNode):
+class DeltaConvLocality(Node):
     """MODEL and prompt → where its self-attention looks: report, table, pictures."""
 
     @classmethod
@@ -155,7 +156,7 @@ class DeltaConvLocality(io.ComfyNode):
         )
 
 
-class DeltaConvSaveLocality(io.ComfyNode):
+class DeltaConvSaveLocality(Node):
     """Report → one JSON file and one HTML page in output/deltaconv."""
 
     @classmethod

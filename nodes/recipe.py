@@ -3,10 +3,11 @@
 from comfy_api.latest import io
 
 from ..deltaconv.locality.recipe import PRESETS, make_recipe, parse_recipe
+from .node import Node
 from .sockets import CATEGORY, Locality, Recipe
 
 
-class DeltaConvRecipe(io.ComfyNode):
+class DeltaConvRecipe(Node):
     """Report and rule, or text → recipe: per layer replace or keep, kernel, scales."""
 
     @classmethod

@@ -5,10 +5,11 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from .node import Node
 from .sockets import CATEGORY
 
 
-class DeltaConvSelfTest(io.ComfyNode):
+class DeltaConvSelfTest(Node):
     """Nothing → a report: which dtypes and kernel sizes may be trusted on this device."""
 
     @classmethod

@@ -70,6 +70,11 @@ def application_report(facts: ApplicationFacts) -> str:
     return "\n".join(lines)
 
 
+def application_summary(facts: ApplicationFacts) -> str:
+    """What the node itself shows: what was replaced, what that saves, what has no effect."""
+    return "\n".join([_count(facts), _computation(facts), *facts.inert])
+
+
 @dataclass(frozen=True)
 class Inert:
     """Counts of other nodes' changes that have no effect on replaced layers.

@@ -11,3 +11,11 @@ def show_on_node(text: str) -> None:
     from server import PromptServer
 
     PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+def show_error(error: BaseException, where: str = "") -> None:
+    """Show an error's sentence after `where` on the running node, unless that was done before."""
+    if not getattr(error, "on_node", False):
+        show_on_node(f"{where}. {error}" if where else str(error))
+        # What catches it further out has nothing to add.
+        error.on_node = True

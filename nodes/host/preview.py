@@ -11,7 +11,7 @@ import torch
 from ...deltaconv.distillation import Dataset, Record, sample
 from ...deltaconv.distillation.plots import progress_picture
 from ...deltaconv.memory import is_out_of_memory
-from .node_text import show_on_node
+from .node_text import show_error, show_on_node
 from .teacher import ComfyTeacher
 
 _STEPS = 12
@@ -90,19 +90,24 @@ class LivePreview:
         `saved` is the number of steps of the newest state, None without one.
         """
         interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
-        how = "interrupted" if interrupted else "failed"
+        where = self._where("interrupted" if interrupted else "failed", saved)
+        if interrupted:
+            show_on_node(where)
+        else:
+            show_error(error, where)
+
+    def _where(self, how: str, saved: int | None) -> str:
         if not self.at:
             # A state in the folder may belong to another distillation.
-            show_on_node(f"{how} before it began, folder {self.folder}")
-        elif saved is None:
+            return f"{how} before it began, folder {self.folder}"
+        if saved is None:
             kept = "; the own samples drawn so far are kept" if self.drew else ""
-            show_on_node(f"{how} at {self.at}, before anything was saved{kept}")
-        else:
-            after = f"{saved} steps" if saved else "the initialization"
-            show_on_node(
-                f"{how} at {self.at}, saved after {after}. "
-                f"To go on, queue again with folder {self.folder}"
-            )
+            return f"{how} at {self.at}, before anything was saved{kept}"
+        after = f"{saved} steps" if saved else "the initialization"
+        return (
+            f"{how} at {self.at}, saved after {after}. "
+            f"To go on, queue again with folder {self.folder}"
+        )
 
     def _left(self, done: int, total: int) -> str:
         """Time left, from the pace since this run's first step; "" before the second."""

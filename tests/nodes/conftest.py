@@ -27,3 +27,21 @@ def distilling(one_thread, as_comfyui_runs_nodes, comfy, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     yield
     assert not comfy.model_management.in_training
+
+
+@pytest.fixture
+def folders(comfy, tmp_path, monkeypatch):
+    """ComfyUI's folders in an empty place, with one folder named by extra_model_paths."""
+    import folder_paths
+    from comfyui_deltaconv.nodes.host.folders import register_folders
+
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    named = {**folder_paths.folder_names_and_paths, "deltaconv": ([str(extra)], set())}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", named)
+    folder_paths.filename_list_cache.clear()
+    register_folders()
+    register_folders()
+    return tmp_path
