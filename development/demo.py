@@ -25,7 +25,7 @@ from .comfyui.tree import chosen_tree, version_of
 from .comfyui.workflow import links, to_prompt, without_others
 from .demo_locality import draw_locality
 
-WORKFLOW = ROOT / "workflows" / "deltaconv_demo.json"
+WORKFLOW = ROOT / "workflows" / "1_demo.json"
 PROMPTS = ("red apple", "sun with face", "cat face", "octopus")
 WARM_UP_STEPS = 1
 # Inputs of Apply ΔConv: the layers of the largest map, which are nearly all of attention's time,

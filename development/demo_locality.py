@@ -1,6 +1,6 @@
 """`python dev.py demo --locality`: the locality workflow in a real ComfyUI server.
 
-One prompt through `workflows/attention_locality.json`; writes its pictures, table, recipe, JSON and
+One prompt through `workflows/5_attention_locality.json`; writes its pictures, table, recipe, JSON and
 HTML page to a folder.
 """
 
@@ -15,7 +15,7 @@ from .comfyui.server import FASTEST_ATTENTION, Server, has_accelerator, running
 from .comfyui.tree import chosen_tree, version_of
 from .comfyui.workflow import links, to_prompt
 
-WORKFLOW = ROOT / "workflows" / "attention_locality.json"
+WORKFLOW = ROOT / "workflows" / "5_attention_locality.json"
 # Output of the measuring or the recipe node → file it is kept as.
 PICTURES = {"model_page": "model", "profiles": "profiles", "points": "points", "curve": "curve"}
 TEXTS = {"table": "table.txt", "text": "recipe.txt"}

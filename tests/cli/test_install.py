@@ -79,7 +79,7 @@ def command(comfyui):
 
 def test_all_nodes_have_help_and_the_demo_runs_to_its_end(comfyui, comfyui_tree):
     pack = comfyui / "custom_nodes" / "deltaconv"
-    workflow = json.loads((pack / "workflows" / "deltaconv_demo.json").read_text(encoding="utf-8"))
+    workflow = json.loads((pack / "workflows" / "1_demo.json").read_text(encoding="utf-8"))
     with running(comfyui_tree, base=comfyui, python=lean_python()) as server:
         assert not pack.is_symlink()
         info = server.object_info()

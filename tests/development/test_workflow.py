@@ -162,3 +162,51 @@ def test_template_browser_offers_them(server):
     for path in workflows:
         thumbnail = server.fetch(f"/api/workflow_templates/deltaconv/{path.stem}.jpg")
         assert thumbnail == path.with_suffix(".jpg").read_bytes()
+
+
+# Nodes whose files are the user's own: the templates name those that the note asks for.
+LOADERS = {"CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "VAELoader"}
+TEMPLATES = sorted(WORKFLOW.parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_is_what_the_nodes_take(server, path):
+    """Every node is known, every value is one that it offers, and every link joins like types."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    object_info = server.object_info()
+    prompt = to_prompt(workflow, object_info)
+    for node in prompt.values():
+        info = object_info[node["class_type"]]
+        entries = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert node["inputs"].keys() <= entries.keys()
+        assert info["input"].get("required", {}).keys() <= node["inputs"].keys()
+        for name, value in node["inputs"].items():
+            kind, *options = entries[name]
+            if isinstance(value, list):
+                source = object_info[prompt[value[0]]["class_type"]]
+                assert "*" in (kind, source["output"][value[1]]) or (
+                    source["output"][value[1]] == kind
+                ), name
+            elif node["class_type"] not in LOADERS:
+                choices = kind if isinstance(kind, list) else (options or [{}])[0].get("options")
+                assert choices is None or value in choices, (path.stem, name, value)
+    # Ids and places of links are those of the nodes.
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, slot, target, place, _ in workflow["links"]:
+        assert number in nodes[source]["outputs"][slot]["links"]
+        assert nodes[target]["inputs"][place]["link"] == number
+
+
+@pytest.mark.any_comfyui
+def test_templates_open_with_no_red_node_but_for_files_of_the_user(browser, server):
+    open_page(browser, server, Comfy_VueNodes_Enabled=False)
+    for path in TEMPLATES:
+        load_workflow(browser, json.loads(path.read_text(encoding="utf-8")))
+        assert set(red_nodes(browser)) <= LOADERS, path.stem
+
+
+def test_every_template_tells_what_to_do_in_a_note():
+    for path in TEMPLATES:
+        nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        notes = [node for node in nodes if node["type"] == "MarkdownNote"]
+        assert notes and "*Run*" in notes[0]["widgets_values"][0], path.stem

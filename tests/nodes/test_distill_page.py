@@ -17,7 +17,7 @@ return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value
 @pytest.fixture(scope="module")
 def workflow():
     """Model and distillation alone, on small own samples, for as long as it is let."""
-    workflow = json.loads((ROOT / "workflows" / "deltaconv_distill.json").read_text("utf-8"))
+    workflow = json.loads((ROOT / "workflows" / "6_distill_your_own.json").read_text("utf-8"))
     kept = {"DeltaConvDemoModel", "DeltaConvDemoPrompt", DISTILL, "LossGraphNode"}
     workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] in kept]
     ids = {node["id"] for node in workflow["nodes"]}

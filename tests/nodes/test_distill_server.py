@@ -9,7 +9,7 @@ from comfyui_deltaconv.development.comfyui.browser import in_page, load_workflow
 from comfyui_deltaconv.development.comfyui.client import PromptFailed
 from comfyui_deltaconv.development.comfyui.workflow import to_prompt
 
-WORKFLOW = ROOT / "workflows" / "deltaconv_distill.json"
+WORKFLOW = ROOT / "workflows" / "6_distill_your_own.json"
 
 
 def defaults_of(server, node):

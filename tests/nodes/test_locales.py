@@ -12,7 +12,7 @@ OTHERS = [language for language in LANGUAGES if language != "en"]
 # What is the same in every language: figures, files, formulas, options and proper names.
 KEPT = re.compile(
     r"\d+(?:\.\d+)?|[\w%./*-]*(?:/|\.)[\w%*-]+|ΔConv(?:Block)?|\b(?:SD1|SD2|SDXL|PixArt|Anima|"
-    r"balanced|faithful|fastest|informed|random|published|budget|measured|LPIPS|CLIP|PSNR|CFG|"
+    r"balanced|faithful|fastest|informed|LPIPS|CLIP|PSNR|CFG|"
     r"LoRA|Min-SNR|bitsandbytes|Triton)\b"
 )
 
