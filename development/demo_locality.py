@@ -1,7 +1,7 @@
 """`python dev.py demo --locality`: the locality workflow in a real ComfyUI server.
 
-One prompt through `workflows/5_attention_locality.json`; writes its pictures, table, recipe, JSON and
-HTML page to a folder.
+One prompt through `workflows/5_attention_locality.json`; writes its pictures, table, recipe, JSON
+and HTML page to a folder.
 """
 
 import json

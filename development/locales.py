@@ -12,7 +12,7 @@ from . import ROOT
 from .comfyui.tree import chosen_tree
 
 FILE = "nodeDefs.json"
-# As ComfyUI's page names them.
+# As the page names them; the front end of ComfyUI 0.30.0 does not offer German yet.
 LANGUAGES = ("en", "zh", "ja", "ko", "fr", "de", "es")
 
 
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
 
 def node_texts() -> dict[str, dict]:
     """Node id → its texts, as ComfyUI's page looks for them; `cli.host.enter` comes first."""
-    import comfyui_deltaconv
+    from ..nodes.extension import DeltaConvExtension
 
     async def nodes():
-        extension = await comfyui_deltaconv.comfy_entrypoint()
+        extension = DeltaConvExtension()
         await extension.on_load()
         return await extension.get_node_list()
 

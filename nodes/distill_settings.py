@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .distill_options import INITIALIZATIONS, KERNELS, LOSSES, PRECISIONS, DistillOptions
+from .host.distill_options import INITIALIZATIONS, KERNELS, LOSSES, PRECISIONS, DistillOptions
 from .node import Node
 from .sockets import CATEGORY, DeltaConv, DistillSettings, Recipe
 

@@ -8,7 +8,7 @@ DeltaConv = io.Custom("DELTACONV")
 Locality = io.Custom("DELTACONV_LOCALITY")
 # Carries a `deltaconv.locality.recipe.Recipe`.
 Recipe = io.Custom("DELTACONV_RECIPE")
-# Carries a `distill_options.DistillOptions`.
+# Carries a `host.distill_options.DistillOptions`.
 DistillSettings = io.Custom("DELTACONV_DISTILL_SETTINGS")
 # Core's: {"loss": [one per step]}.
 LossMap = io.Custom("LOSS_MAP")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...deltaconv.distillation import PRESETS, DistillationSettings, StageSettings
-from ..distill_options import KERNELS, LOSSES, DistillOptions
+from .distill_options import KERNELS, LOSSES, DistillOptions
 
 
 @dataclass(frozen=True)

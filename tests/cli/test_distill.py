@@ -149,8 +149,8 @@ def test_a_configuration_names_its_preset(tmp_path):
 
 
 def test_the_nodes_losses_are_presets():
-    from comfyui_deltaconv.nodes.distill_options import LOSSES, DistillOptions
     from comfyui_deltaconv.nodes.host.distill_inputs import DistillInputs
+    from comfyui_deltaconv.nodes.host.distill_options import LOSSES, DistillOptions
 
     for name, preset in LOSSES.items():
         options = DistillOptions(losses=name, eight_bit=True, joint_steps=3, joint_rate=2e-3)

@@ -101,7 +101,7 @@ def test_the_server_gives_them_to_the_page(server):
 def test_the_page_shows_the_language_that_is_chosen(browser, server):
     from comfyui_deltaconv.development.comfyui.browser import in_page, open_page
 
-    open_page(browser, server, Comfy_VueNodes_Enabled=False, Comfy_Locale="de")
+    open_page(browser, server, Comfy_VueNodes_Enabled=False, Comfy_Locale="fr")
     title = in_page(browser, "return LiteGraph.createNode('DeltaConvApply').title")
-    assert title == read("de")["DeltaConvApply"]["display_name"]
+    assert title == read("fr")["DeltaConvApply"]["display_name"]
     open_page(browser, server, Comfy_VueNodes_Enabled=False, Comfy_Locale="en")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ..deltaconv.locality.recipe import Recipe
-    from ..deltaconv.weights.model import DeltaConvWeights
+    from ...deltaconv.locality.recipe import Recipe
+    from ...deltaconv.weights.model import DeltaConvWeights
 
 KERNELS = ("published, else by size", "by size")
 # The widget's option → the preset whose losses it stands for.
