@@ -93,6 +93,15 @@ class DeltaConvApply(Node):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, start_percent: float | None = None, end_percent: float | None = None
+    ) -> bool | str:
+        # What comes over a link is not known yet.
+        if start_percent is None or end_percent is None:
+            return True
+        return _percent_problem(start_percent, end_percent) or True
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -104,11 +113,8 @@ class DeltaConvApply(Node):
         latent=None,
         when: str = _ALWAYS,
     ) -> io.NodeOutput:
-        if start_percent >= end_percent:
-            raise ValueError(
-                "Expected start_percent below end_percent, got "
-                f"{start_percent=} and {end_percent=}: the blocks would never act."
-            )
+        if problem := _percent_problem(start_percent, end_percent):
+            raise ValueError(problem)
         if deltaconv.start >= end_percent:
             raise ValueError(
                 f"Expected end_percent above {deltaconv.start:g}, from where on these weights act, "
@@ -158,3 +164,15 @@ class DeltaConvApply(Node):
         )
         show_on_node(application_summary(facts))
         return io.NodeOutput(patched, application_report(facts))
+
+
+def _percent_problem(start: float, end: float) -> str:
+    """Why blocks cannot act from `start` to `end`; "" where they can."""
+    if not (0 <= start <= 1 and 0 <= end <= 1):
+        return f"Expected percents from 0 to 1, got start_percent={start} and end_percent={end}."
+    if start >= end:
+        return (
+            f"Expected start_percent below end_percent, got start_percent={start} and "
+            f"end_percent={end}: the blocks would never act."
+        )
+    return ""

@@ -42,8 +42,9 @@ class DeltaConvLoad(Node):
         if file is None:
             return True
         try:
-            find_file(file)
-        except FileNotFoundError as error:
+            # The header alone is read here.
+            read_weights(find_file(file))
+        except (ValueError, OSError) as error:
             return str(error)
         return True
 

@@ -92,6 +92,18 @@ def test_a_run_without_a_file_is_refused_with_folder_and_source(empty, file):
     )
 
 
+def test_a_file_of_another_kind_is_refused_before_anything_runs(empty):
+    folder = empty.base / "models" / "deltaconv"
+    damaged = folder / "damaged.safetensors"
+    damaged.write_bytes(b"not safetensors at all")
+    try:
+        with pytest.raises(PromptRefused) as refused:
+            empty.queue(prompt(damaged.name))
+    finally:
+        damaged.unlink()
+    assert "damaged.safetensors" in str(refused.value) and "Expected" in str(refused.value)
+
+
 def test_a_run_that_names_no_file_is_refused_without_a_traceback(empty):
     with pytest.raises(PromptRefused) as refused:
         empty.queue(prompt(None))

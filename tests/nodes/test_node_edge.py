@@ -3,8 +3,8 @@
 import pytest
 from comfyui_deltaconv.deltaconv import demo, read_weights
 from comfyui_deltaconv.development.comfyui.browser import in_page, load_workflow, open_page
-from comfyui_deltaconv.development.comfyui.client import PromptFailed
-from comfyui_deltaconv.development.comfyui.workflow import to_prompt
+from comfyui_deltaconv.development.comfyui.client import PromptFailed, PromptRefused
+from comfyui_deltaconv.development.comfyui.workflow import to_prompt, without_others
 from comfyui_deltaconv.development.demo import WORKFLOW
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -67,6 +67,16 @@ def test_apply_and_save_show_what_they_did(model, shown):
     assert all(line in report for line in shown[0].splitlines())
     (file,) = DeltaConvSave.execute(weights, "mine/blocks").args
     assert shown[1] == f"saved as {file} in output/deltaconv"
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.6, 0.2), (-0.1, 1.0), (0.0, 1.5)])
+def test_percents_that_cannot_be_are_refused_before_anything_runs(server, start, end):
+    prompt = to_prompt(workflow(_0=start, _1=end), server.object_info())
+    titles = {node["_meta"]["title"]: name for name, node in prompt.items()}
+    # ComfyUI runs what does not depend on the refused node.
+    with pytest.raises(PromptRefused) as refused:
+        server.queue(without_others(prompt, titles["Student"]))
+    assert "Expected" in str(refused.value) and f"start_percent={start}" in str(refused.value)
 
 
 @pytest.mark.any_comfyui
