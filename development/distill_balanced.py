@@ -78,7 +78,8 @@ def _distilled(teacher, plans, data, settings, minutes: float, wanted: str, expe
         settings = budget.fitted(settings, teacher, data.conditions, shape)
         pictures = {}
         for record in distill(teacher, plans, data, settings, choose=choose, plan=budget.plan):
-            if record.stage == "choice":
+            # Of the first seed alone: it takes minutes, and says the same of all.
+            if record.stage == "choice" and not expected:
                 chosen, since = record.student, time.monotonic()
                 pictures["chosen"] = drawn(teacher, chosen.averaged_blocks(), side, chosen.start)
                 # A picture on the way is no part of the time.
