@@ -5,6 +5,10 @@ import { api } from "../../scripts/api.js";
 
 const NODE = "DeltaConvLocality";
 const SIDE = 120;
+const HINT = "Run the node, then click the picture: every size of map shows what that point looks at.";
+
+/** Where a node's last view is kept: for this tab of the browser, and in no saved workflow. */
+const key = (node) => `deltaconv.view.${node.graph?.id ?? ""}.${node.id}`;
 
 const STYLE = `
 .deltaconv-view { display: flex; flex-direction: column; gap: 6px; padding: 6px; overflow: auto;
@@ -57,12 +61,17 @@ class LocalityView {
   constructor(node) {
     this.node = node;
     this.point = [0.5, 0.5];
-    this.root = element("div", { className: "deltaconv-view" },
-      "Run the node, then click the picture: every size of map shows what that point looks at.");
+    this.root = element("div", { className: "deltaconv-view" }, HINT);
     // The page's canvas would otherwise take the click as the start of a drag.
     for (const event of ["pointerdown", "wheel"]) {
       this.root.addEventListener(event, (e) => e.stopPropagation());
     }
+  }
+
+  /** Show what a run before a reload or a switch of tabs gave, while ComfyUI still has its files. */
+  restore() {
+    const kept = sessionStorage.getItem(key(this.node));
+    if (kept) this.show(JSON.parse(kept)).catch(() => this.root.replaceChildren(HINT));
   }
 
   async show(view) {
@@ -152,7 +161,13 @@ app.registerExtension({
     node.onExecuted = function (output) {
       before?.apply(this, arguments);
       const message = output?.deltaconv_locality?.[0];
-      if (message) view.show(message).catch((error) => console.error("deltaconv:", error));
+      if (!message) return;
+      sessionStorage.setItem(key(node), JSON.stringify(message));
+      view.show(message).catch((error) => console.error("deltaconv:", error));
     };
+    node.deltaconvView = view;
+  },
+  loadedGraphNode(node) {
+    node.deltaconvView?.restore();
   },
 });

@@ -7,6 +7,10 @@ from math import isfinite
 from .settings import DistillationSettings, StageSettings
 
 _MOST_STEPS = 10**6
+# Fewer joint steps move away from the least squares' solution and do not come back: on the demo
+# model's pictures, PSNR 22.9 dB before, 22.5 after 40 layer and 18 joint steps, 23.0 after 86 layer
+# steps alone.
+FEWEST_JOINT = 100
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,20 @@ def steps_within(
 ) -> DistillationSettings:
     """The settings with as many steps as fit into `seconds`, half of the time for each stage.
 
-    A stage that cannot run leaves its half to the other. Settings that have steps already, which
-    are done, get more of the joint stage, or of the other where that cannot run. Warm-ups take a
-    tenth of a stage at most.
+    A stage that cannot run leaves its half to the other, and so does the joint stage where fewer
+    than `FEWEST_JOINT` steps of it fit. Settings that have steps already, which are done, get more
+    of the last stage that they have. Warm-ups take a tenth of a stage at most.
     """
-    half = seconds / 2 if isfinite(pace.layers) and isfinite(pace.joint) else seconds
-    if not (settings.layers.steps or settings.joint.steps):
-        layers, joint = _fit(half, pace.layers), _fit(half, pace.joint)
-    elif isfinite(pace.joint):
-        layers, joint = settings.layers.steps, settings.joint.steps + _fit(seconds, pace.joint)
+    layers, joint = settings.layers.steps, settings.joint.steps
+    if joint:
+        joint += _fit(seconds, pace.joint)
+    elif not isfinite(pace.layers):
+        joint = _fit(seconds, pace.joint)
+    elif _fit(seconds if layers else seconds / 2, pace.joint) >= FEWEST_JOINT:
+        joint = _fit(seconds if layers else seconds / 2, pace.joint)
+        layers = layers or _fit(seconds / 2, pace.layers)
     else:
-        layers, joint = settings.layers.steps + _fit(seconds, pace.layers), settings.joint.steps
+        layers += _fit(seconds, pace.layers)
     return with_steps(settings, layers, joint)
 
 

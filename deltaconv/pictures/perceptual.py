@@ -21,6 +21,8 @@ _BACKBONES: dict[Backbone, tuple[str, str]] = {
     "squeeze": ("squeezenet1_1", "SqueezeNet1_1_Weights"),
 }
 _SMALLEST = 64
+# Nothing went wrong where a metric is left out.
+_OPTIONAL = "left out, optional: "
 _CLIP_FILES = ("*.json", "*.txt", "model.safetensors")
 
 
@@ -40,15 +42,15 @@ def perceptual_report(
         values = lpips(teacher, student, LPIPS_BACKBONE)
         lines.append(f"LPIPS ({LPIPS_BACKBONE}) {_mean(values):.4f}, 0 is identical")
     except MetricMissing as error:
-        lines.append(str(error))
+        lines.append(f"{_OPTIONAL}{error}")
     if prompts is None:
-        lines.append("CLIP score needs the prompts that the pictures were drawn from.")
+        lines.append(f"{_OPTIONAL}CLIP score needs the prompts that the pictures were drawn from.")
         return "\n".join(lines)
     try:
         scores = clip_scores((teacher, student), prompts, CLIP_MODEL)
         lines.append("CLIP score {:.2f} → {:.2f}, teacher → student".format(*map(_mean, scores)))
     except MetricMissing as error:
-        lines.append(str(error))
+        lines.append(f"{_OPTIONAL}{error}")
     return "\n".join(lines)
 
 

@@ -1,11 +1,14 @@
 """Files and message of the page's interactive view: a picture and attention atlases."""
 
+import hashlib
 import os
 
 import folder_paths
 
 from ...deltaconv.locality.grid import HIGH, LOW, POINTS, GridMaps
 from ...deltaconv.pictures.metrics import to_pil
+
+_FOLDER = "deltaconv"
 
 
 def view_message(picture, grid: GridMaps, percent: float) -> dict[str, list]:
@@ -26,11 +29,9 @@ def view_message(picture, grid: GridMaps, percent: float) -> dict[str, list]:
 
 
 def _save(image, name: str) -> dict[str, str]:
-    base = folder_paths.get_temp_directory()
-    os.makedirs(base, exist_ok=True)
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        f"deltaconv/{name}", base
-    )
-    file = f"{name}_{counter:05}_.png"
+    """Named by content: a page that was open before a restart never takes another's file for it."""
+    folder = os.path.join(folder_paths.get_temp_directory(), _FOLDER)
+    os.makedirs(folder, exist_ok=True)
+    file = f"{name}_{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
     image.save(os.path.join(folder, file))
-    return {"filename": file, "subfolder": subfolder, "type": "temp"}
+    return {"filename": file, "subfolder": _FOLDER, "type": "temp"}

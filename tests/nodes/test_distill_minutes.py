@@ -91,8 +91,8 @@ def test_shares_of_the_time(budget):
     assert made.enough_samples(2) and not made.enough_samples(0)
     now.time = 50.0
     free = with_steps(default_settings(), 0, 0)
-    steps = made.plan(Pace(1.0, 3.0), free)
-    assert (steps.layers.steps, steps.joint.steps) == (22, 7)
+    steps = made.plan(Pace(0.1, 0.2), free)
+    assert (steps.layers.steps, steps.joint.steps) == (225, 112)
     assert not made.over
     now.time = 101.0
     assert made.over and made.plan(Pace(1.0, 3.0), free).layers.steps == 0

@@ -118,3 +118,16 @@ def test_clicking_a_point_shows_its_attention_in_every_map(page, short):
         MEASURED,
     )
     assert points.split("\n")[-1] == "0.281, 0.281"
+    # Opened again, as after a switch of tabs, it shows the same without a run, from the middle.
+    click(page, 0.53, 0.53)
+    middle = pixels(page)
+    load_workflow(page, short)
+    WebDriverWait(page, 60).until(lambda _: pixels(page) == middle)
+    # Without its files, as after a restart of ComfyUI, it says what to do.
+    in_page(
+        page,
+        """for (const name of Object.keys(sessionStorage).filter(n => n.startsWith('deltaconv')))
+            sessionStorage.setItem(name, sessionStorage[name].replaceAll('.png', '.gone.png'));""",
+    )
+    load_workflow(page, short)
+    WebDriverWait(page, 60).until(lambda _: "Run the node" in in_page(page, label))

@@ -8,7 +8,12 @@ from math import inf
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv.distillation import distill
-from comfyui_deltaconv.deltaconv.distillation.plan import Pace, steps_within, with_steps
+from comfyui_deltaconv.deltaconv.distillation.plan import (
+    FEWEST_JOINT,
+    Pace,
+    steps_within,
+    with_steps,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_teacher import PLAN, ToyTeacher, toy_data, toy_settings
@@ -44,21 +49,35 @@ def test_a_plan_fits_into_its_time(seconds, layers, joint):
     assert taken <= max(0, seconds) + 1e-6
     for stage in (planned.layers, planned.joint):
         assert stage.warmup <= stage.steps // 10
-    if max(layers, joint) < inf and 2 * max(layers, joint, 0.2) < seconds:
-        assert min(counts) >= 1
+    if 0.1 < layers < inf and 2 * layers < seconds:
+        # Half of the time at least.
+        assert counts[0] >= int(seconds / 2 / layers)
+        assert counts[1] == 0 or counts[1] >= FEWEST_JOINT
+
+
+def test_each_stage_gets_half_of_the_time():
+    planned = steps_within(FREE, Pace(1.0, 2.0), 1000)
+    assert (planned.layers.steps, planned.joint.steps) == (500, 250)
+
+
+def test_too_few_joint_steps_are_none():
+    assert steps_within(FREE, Pace(1.0, 2.0), 390).joint.steps == 0
+    assert steps_within(FREE, Pace(1.0, 2.0), 390).layers.steps == 390
 
 
 def test_a_stage_that_cannot_run_leaves_its_half():
-    assert steps_within(FREE, Pace(1.0, inf), 10).layers.steps == 10
-    assert steps_within(FREE, Pace(1.0, 1.0), 10).layers.steps == 5
+    assert steps_within(FREE, Pace(1.0, inf), 1000).layers.steps == 1000
+    assert steps_within(FREE, Pace(inf, 1.0), 1000).joint.steps == 1000
 
 
-def test_what_is_done_gets_more_of_the_last_stage_that_can_run():
-    done = with_steps(FREE, 3, 4)
-    more = steps_within(done, Pace(1.0, 2.0), 10)
+def test_what_is_done_gets_more_of_its_last_stage():
+    more = steps_within(with_steps(FREE, 3, 4), Pace(1.0, 2.0), 10)
     assert (more.layers.steps, more.joint.steps) == (3, 9)
-    more = steps_within(done, Pace(1.0, inf), 10)
-    assert (more.layers.steps, more.joint.steps) == (13, 4)
+    more = steps_within(with_steps(FREE, 3, 0), Pace(1.0, 2.0), 10)
+    assert (more.layers.steps, more.joint.steps) == (13, 0)
+    # Once there is time for it, the joint stage follows.
+    more = steps_within(with_steps(FREE, 3, 0), Pace(1.0, 2.0), 1000)
+    assert (more.layers.steps, more.joint.steps) == (3, 500)
 
 
 def test_the_plan_hears_the_pace_and_its_steps_are_trained():

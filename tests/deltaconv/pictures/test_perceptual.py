@@ -133,8 +133,8 @@ def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     report = perceptual.perceptual_report(pictures(), pictures(), ["red", "blue"])
     assert report.splitlines() == [
-        "LPIPS needs torchmetrics: pip install torchmetrics",
-        "CLIP score needs transformers: pip install transformers",
+        "left out, optional: LPIPS needs torchmetrics: pip install torchmetrics",
+        "left out, optional: CLIP score needs transformers: pip install transformers",
     ]
 
 
