@@ -1,0 +1,305 @@
+"""Small real models of four families, and what ComfyUI's own nodes do to a MODEL, by name."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from comfyui_deltaconv.deltaconv import DeltaConvBlock
+from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+from host_models import SMALL, SMALL_PIXART, host_model, randomize
+from patched_models import lora_state
+
+
+@dataclass
+class Case:
+    """A model of a family, weights of all its sites, and a sampling of it."""
+
+    model: object
+    latent: torch.Tensor
+    positive: list
+    negative: list
+    weights: object = None
+    frozen: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        from comfyui_deltaconv.nodes.host.sites import find_sites
+
+        torch.manual_seed(1)
+        dims = find_sites(self.model).dims
+        gate = "sigmoid" if "blocks.0.attn" in dims else "scaled"
+        blocks = {site: DeltaConvBlock(dim, 5, gate=gate) for site, dim in dims.items()}
+        self.weights = weights_of_blocks(blocks)
+
+    def sample(self, model, *, positive=None, sampler="euler", steps=3, cfg=3.0, **options):
+        import comfy.sample
+
+        noise = comfy.sample.prepare_noise(self.latent, 1)
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            "simple",
+            self.positive if positive is None else positive,
+            self.negative,
+            self.latent,
+            seed=1,
+            **options,
+        )
+
+
+def _condition(tokens, width, seed, **more):
+    generator = torch.Generator().manual_seed(seed)
+    extra = {name: torch.randn(shape, generator=generator) for name, shape in more.items()}
+    return [[torch.randn(1, tokens, width, generator=generator), extra]]
+
+
+def _unet(name, family, pooled):
+    from host_models import REAL
+
+    class_name, config = REAL[family]
+    config = {**config, **SMALL[family]}
+    model = randomize(host_model(class_name, config), 0.05)
+    context = config["context_dim"]
+    more = {"pooled_output": (1, 1280)} if pooled else {}
+    return Case(
+        model,
+        torch.zeros(1, 4, 16, 16),
+        _condition(8, context, 1, **more),
+        _condition(8, context, 2, **more),
+    )
+
+
+def sd15():
+    return _unet("SD15", "sd1", pooled=False)
+
+
+def sdxl():
+    return _unet("SDXL", "sdxl", pooled=True)
+
+
+def pixart():
+    model = randomize(host_model("PixArtSigma", SMALL_PIXART), 0.1)
+    return Case(model, torch.zeros(1, 4, 16, 24), _condition(8, 32, 1), _condition(8, 32, 2))
+
+
+def anima():
+    from anima_model import TEXT, build
+
+    model = build("Anima")
+    latent = torch.zeros(1, 16, 1, 12, 16)
+    return Case(model, latent, _condition(8, TEXT, 1), _condition(8, TEXT, 2))
+
+
+FAMILIES: dict[str, Callable[[], Case]] = {
+    "SD1.5-like UNet": sd15,
+    "SDXL-like UNet": sdxl,
+    "PixArt": pixart,
+    "Anima": anima,
+}
+
+
+class Missing(Exception):
+    """This ComfyUI does not have the node."""
+
+
+def node(module: str, name: str, **inputs):
+    """What a core node does to a MODEL, its other inputs at their defaults."""
+
+    def change(case, model):
+        try:
+            found = importlib.import_module(module)  # noqa: TID251 (one of ComfyUI's)
+        except ImportError as error:
+            raise Missing(name) from error
+        kind = _find(found, name)
+        if hasattr(kind, "define_schema"):
+            schema = kind.define_schema()
+            defaults = {i.id: getattr(i, "default", None) for i in schema.inputs if i.id != "model"}
+            result = kind.execute(model=model, **{**defaults, **inputs})
+            return result.args[0] if hasattr(result, "args") else result[0]
+        types = kind.INPUT_TYPES()
+        entries = {**types["required"], **types.get("optional", {})}
+        defaults = {
+            key: entry[1].get("default") for key, entry in entries.items() if len(entry) > 1
+        }
+        values = {**defaults, **inputs, "model": model}
+        return getattr(kind(), kind.FUNCTION)(**values)[0]
+
+    return change
+
+
+def _find(module, name):
+    if name in getattr(module, "NODE_CLASS_MAPPINGS", {}):
+        return module.NODE_CLASS_MAPPINGS[name]
+    for value in vars(module).values():
+        if hasattr(value, "define_schema") and value.__module__ == module.__name__:
+            if value.define_schema().node_id == name:
+                return value
+    raise Missing(name)
+
+
+def lora_by_patch(part):
+    def change(case, model):
+        import comfy.sd
+
+        return comfy.sd.load_lora_for_models(model, None, lora_state(model, part), 1.0, 1.0)[0]
+
+    return change
+
+
+def attn2_patch(case, model):
+    """What IP-Adapter nodes do: keys and values beside the text's, in every cross-attention."""
+
+    def patch(n, context, value, extra_options):
+        return n, torch.cat([context, context * 0.5], 1), torch.cat([value, value * 0.5], 1)
+
+    clone = model.clone()
+    clone.set_model_attn2_patch(patch)
+    return clone
+
+
+def attn1_patch(case, model):
+    """Queries, keys and values of every self-attention, scaled before it."""
+
+    def patch(q, k, v, extra_options):
+        return q * 1.5, k, v
+
+    clone = model.clone()
+    clone.set_model_attn1_patch(patch)
+    return clone
+
+
+def attn1_replaced(case, model):
+    """What StyleAligned nodes do: another attention in every layer of the middle."""
+
+    def replace(q, k, v, extra_options):
+        return v
+
+    clone = model.clone()
+    for place in (("middle", 0), ("output", 4), ("input", 4)):
+        clone.set_model_attn1_replace(replace, *place)
+    return clone
+
+
+def merged(case, model):
+    """Half of another model of the same kind, merged in, as ModelMergeSimple does it."""
+    clone, generator = model.clone(), torch.Generator().manual_seed(3)
+    other = {
+        f"diffusion_model.{name}": (torch.randn(parameter.shape, generator=generator) * 0.05,)
+        for name, parameter in model.model.diffusion_model.named_parameters()
+        if name.endswith("weight") and parameter.ndim == 2
+    }
+    clone.add_patches(other, 0.5, 0.5)
+    return clone
+
+
+_EXTRAS = "comfy_extras.nodes_"
+# Name → what the node does to a MODEL.
+PATCHES = {
+    "LoRA, by patch": lora_by_patch(".to_q"),
+    "IP-Adapter style attn2 patch": attn2_patch,
+    "attn1 patch": attn1_patch,
+    "attn1 replacement (StyleAligned)": attn1_replaced,
+    "merge of weights": merged,
+    "Perturbed-Attention Guidance": node(f"{_EXTRAS}pag", "PerturbedAttentionGuidance"),
+    "Self-Attention Guidance": node(f"{_EXTRAS}sag", "SelfAttentionGuidance"),
+    "Normalized Attention Guidance": node(f"{_EXTRAS}nag", "NAGuidance"),
+    "HyperTile": node(f"{_EXTRAS}hypertile", "HyperTile", tile_size=32),
+    "ToMe": node(f"{_EXTRAS}tomesd", "TomePatchModel", ratio=0.5),
+    "Deep Shrink": node(f"{_EXTRAS}model_downscale", "PatchModelAddDownscale", block_number=1),
+    "EasyCache": node(f"{_EXTRAS}easycache", "EasyCache", reuse_threshold=3.0, start_percent=0.0),
+    "LazyCache": node(f"{_EXTRAS}easycache", "LazyCache", reuse_threshold=3.0, start_percent=0.0),
+    "FreeU": node(f"{_EXTRAS}freelunch", "FreeU"),
+    "FreeU V2": node(f"{_EXTRAS}freelunch", "FreeU_V2"),
+    "RescaleCFG": node(f"{_EXTRAS}model_advanced", "RescaleCFG"),
+    "APG": node(f"{_EXTRAS}apg", "APG"),
+    "Skip Layer Guidance (DiT)": node(
+        f"{_EXTRAS}slg", "SkipLayerGuidanceDiT", double_layers="0", single_layers="0"
+    ),
+    "CFG-Zero*": node(f"{_EXTRAS}cfg", "CFGZeroStar"),
+    "CFGNorm": node(f"{_EXTRAS}cfg", "CFGNorm"),
+    "Mahiro": node(f"{_EXTRAS}mahiro", "Mahiro"),
+    "TCFG": node(f"{_EXTRAS}tcfg", "TCFG"),
+    "FreSca": node(f"{_EXTRAS}fresca", "FreSca"),
+    "Epsilon Scaling": node(f"{_EXTRAS}eps", "Epsilon Scaling"),
+    "Temporal Score Rescaling": node(f"{_EXTRAS}eps", "TemporalScoreRescaling"),
+    "UNet self-attention multiply": node(
+        f"{_EXTRAS}attention_multiply", "UNetSelfAttentionMultiply", q=1.2
+    ),
+    "UNet cross-attention multiply": node(
+        f"{_EXTRAS}attention_multiply", "UNetCrossAttentionMultiply", q=1.2
+    ),
+    "Differential Diffusion": node(f"{_EXTRAS}differential_diffusion", "DifferentialDiffusion"),
+}
+
+
+def area(case):
+    text, more = case.positive[0]
+    half = case.latent.shape[-2] // 2, case.latent.shape[-1] // 2
+    placed = {"area": (*half, 0, 0), "strength": 1.0, "set_area_to_bounds": False}
+    return [[text, {**more, **placed}], case.positive[0]]
+
+
+def mask(case):
+    text, more = case.positive[0]
+    where = torch.zeros(1, *case.latent.shape[-2:])
+    where[..., : where.shape[-1] // 2] = 1
+    masked = {"mask": where, "mask_strength": 1.0, "set_area_to_bounds": False}
+    return [[text, {**more, **masked}], case.positive[0]]
+
+
+def timesteps(case):
+    text, more = case.positive[0]
+    early = {**more, "start_percent": 0.0, "end_percent": 0.5}
+    late = {**more, "start_percent": 0.5, "end_percent": 1.0}
+    return [[text, early], [text * 0.5, late]]
+
+
+def lengths(case):
+    """Prompts of several lengths, as long ones are."""
+    text, more = case.positive[0]
+    return [[torch.cat([text, text], 1), more]]
+
+
+# Name → the positive conditioning of a case.
+CONDITIONS = {
+    "areas": area,
+    "masks": mask,
+    "timestep ranges": timesteps,
+    "prompts of another length": lengths,
+}
+
+
+def inpaint(case, model):
+    """Sampling within a mask."""
+    where = torch.zeros(1, 1, *case.latent.shape[-2:])
+    where[..., : where.shape[-1] // 2] = 1
+    return case.sample(model, noise_mask=where, denoise=0.7)
+
+
+def image_to_image(case, model):
+    return case.sample(model, denoise=0.5)
+
+
+def without_guidance(case, model):
+    return case.sample(model, cfg=1.0)
+
+
+def batch(case, model):
+    import comfy.sample
+
+    latent = case.latent.repeat(3, *([1] * (case.latent.ndim - 1)))
+    noise = comfy.sample.prepare_noise(latent, 1)
+    arguments = (3, 3.0, "euler", "simple", case.positive, case.negative, latent)
+    return comfy.sample.sample(model, noise, *arguments, seed=1)
+
+
+# Name → a sampling of its own.
+SAMPLINGS = {
+    "inpainting": inpaint,
+    "image to image": image_to_image,
+    "CFG 1": without_guidance,
+    "batch of 3": batch,
+}
