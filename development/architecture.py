@@ -22,6 +22,7 @@ PURPOSE = {
     "deltaconv": "block, geometry, families",
     "deltaconv/application": "what applying came to",
     "deltaconv/distillation": "teacher to blocks",
+    "deltaconv/hub": "files on Hugging Face",
     "deltaconv/locality": "where attention looks",
     "deltaconv/pictures": "metrics, sheets, figures",
     "deltaconv/weights": "files and what they fit",

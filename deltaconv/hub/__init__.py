@@ -1,0 +1,18 @@
+"""ΔConv files on Hugging Face: which are known, and how one gets into a folder."""
+
+from .entries import CONFIGURATION, Entry, find_entry, known_entries, published_entries
+from .failures import DownloadError
+from .fetch import Found, download
+from .placed import find_placed
+
+__all__ = [
+    "CONFIGURATION",
+    "DownloadError",
+    "Entry",
+    "Found",
+    "download",
+    "find_entry",
+    "find_placed",
+    "known_entries",
+    "published_entries",
+]

@@ -1,0 +1,83 @@
+"""Files of known entries that lie in a folder already, downloaded or put there by hand."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..weights import WeightsError, read_weights
+from .entries import Entry
+
+# Called with (bytes done, bytes in all), (0, 0) while those are not known; may raise to interrupt.
+Progress = Callable[[int, int], None]
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry's file, and a sentence on what was found or done."""
+
+    path: Path
+    note: str
+
+
+def find_placed(entry: Entry, folders: Iterable[Path], progress: Progress) -> Found | None:
+    """The entry's file in the first folder that has it; None if none has.
+
+    A file is known by its name, and its hash is compared where the entry has one; a file with
+    another hash is the user's, and is used. While a packaged entry has no name, the one file that
+    holds the authors' blocks of its family is taken. Raises ValueError where several do.
+    """
+    if not entry.file:
+        return _by_content(entry, folders)
+    for folder in folders:
+        path = folder / entry.file
+        if path.is_file():
+            return Found(path, f"found {path}{_difference(entry, path, progress)}")
+    return None
+
+
+def file_digest(path: Path, progress: Progress):
+    """The SHA-256 of a file's bytes so far, to be updated further."""
+    digest = hashlib.sha256()
+    done, size = 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done, size)
+    return digest
+
+
+def _difference(entry: Entry, path: Path, progress: Progress) -> str:
+    if entry.sha256 is None:
+        return "; its hash is not known, so it was not compared"
+    if file_digest(path, progress).hexdigest() == entry.sha256:
+        return ""
+    return (
+        f", which is not the file of {entry.repo}: its hash is another. It is used as it is; "
+        "remove or rename it to download that one"
+    )
+
+
+def _by_content(entry: Entry, folders: Iterable[Path]) -> Found | None:
+    found = [
+        path
+        for folder in folders
+        for path in sorted(folder.glob("*.safetensors"))
+        if _is_published(entry, path)
+    ]
+    if len(found) > 1:
+        raise ValueError(
+            f"Expected one file with the authors' blocks for {entry.label}, got "
+            f"{', '.join(map(str, found))}. Choose one with Load ΔConv Weights."
+        )
+    return Found(found[0], f"found {found[0]}, put there by hand") if found else None
+
+
+def _is_published(entry: Entry, path: Path) -> bool:
+    try:
+        weights = read_weights(path)
+    except WeightsError:
+        return False
+    return entry.family in weights.families and weights.base_model == entry.base_model
