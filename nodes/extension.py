@@ -9,6 +9,7 @@ from .compare import DeltaConvCompare
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
 from .distill import DeltaConvDistill
 from .distill_settings import DeltaConvDistillSettings
+from .download import DeltaConvDownload
 from .evaluate import DeltaConvEvaluate
 from .host.folders import register_folders
 from .load_save import DeltaConvLoad, DeltaConvSave
@@ -26,6 +27,7 @@ class DeltaConvExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             DeltaConvLoad,
+            DeltaConvDownload,
             DeltaConvApply,
             DeltaConvSave,
             DeltaConvCompare,

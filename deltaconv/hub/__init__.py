@@ -1,9 +1,9 @@
 """ΔConv files on Hugging Face: which are known, and how one gets into a folder."""
 
 from .entries import CONFIGURATION, Entry, find_entry, known_entries, published_entries
-from .failures import DownloadError
+from .failures import DownloadError, not_known
 from .fetch import Found, download
-from .placed import find_placed
+from .placed import find_placed, placed_path
 
 __all__ = [
     "CONFIGURATION",
@@ -14,5 +14,7 @@ __all__ = [
     "find_entry",
     "find_placed",
     "known_entries",
+    "not_known",
+    "placed_path",
     "published_entries",
 ]

@@ -28,6 +28,15 @@ def host_of(url: str) -> str:
     return urlsplit(url).hostname or "an unnamed host"
 
 
+def not_known(entry: Entry, folder: Path) -> DownloadError:
+    """The error for a packaged entry that is not filled in, and whose file is not in `folder`."""
+    return DownloadError(
+        f"Expected the address of the file for {entry.label}, got none: this version of the pack "
+        f"does not know it yet. Download the file from {entry.page} and put it into {folder}: the "
+        f"blocks for {entry.base_model} are recognized there under any name."
+    )
+
+
 def refused(entry: Entry, host: str, status: int) -> DownloadError:
     """The error for an answer of `host` with this status, which is no success."""
     if status in (401, 403):

@@ -15,8 +15,8 @@ from typing import BinaryIO
 from ..weights import WeightsError, read_weights
 from .client import Broken, Offline, ask, pause, reading
 from .entries import Entry
-from .failures import DownloadError, cannot_write, megabytes, offline
-from .placed import Found, Progress, file_digest, find_placed
+from .failures import DownloadError, cannot_write, megabytes, not_known, offline
+from .placed import Found, Progress, file_digest, find_placed, no_progress
 
 # In bytes: what has to stay free on the disk.
 ROOM = 64 << 20
@@ -25,7 +25,7 @@ _TRIES = 5
 _PAUSE = 1.0
 
 
-def download(entry: Entry, folder: Path, progress: Progress) -> Found:
+def download(entry: Entry, folder: Path, progress: Progress = no_progress) -> Found:
     """The entry's file in `folder`, downloaded unless it is there.
 
     What `progress` raises ends the download, and the next one goes on from there. Raises
@@ -35,7 +35,7 @@ def download(entry: Entry, folder: Path, progress: Progress) -> Found:
         if found := find_placed(entry, [folder], progress):
             return found
         if not entry.filled:
-            raise _not_known(entry, folder)
+            raise not_known(entry, folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / f".{entry.file}.lock"
         with _alone(lock, progress):
@@ -48,14 +48,6 @@ def download(entry: Entry, folder: Path, progress: Progress) -> Found:
         raise offline(entry, folder) from None
     except OSError as error:
         raise cannot_write(error, folder) from error
-
-
-def _not_known(entry: Entry, folder: Path) -> DownloadError:
-    return DownloadError(
-        f"Expected the address of the file for {entry.label}, got none: this version of the pack "
-        f"does not know it yet. Download the file from {entry.page} and put it into {folder}: the "
-        f"blocks for {entry.base_model} are recognized there under any name."
-    )
 
 
 def _download(entry: Entry, folder: Path, progress: Progress) -> Found:

@@ -21,20 +21,32 @@ class Found:
     note: str
 
 
-def find_placed(entry: Entry, folders: Iterable[Path], progress: Progress) -> Found | None:
+def no_progress(done: int, total: int) -> None:
+    """A Progress that nobody sees."""
+
+
+def placed_path(entry: Entry, folders: Iterable[Path]) -> Path | None:
     """The entry's file in the first folder that has it; None if none has.
 
-    A file is known by its name, and its hash is compared where the entry has one; a file with
-    another hash is the user's, and is used. While a packaged entry has no name, the one file that
-    holds the authors' blocks of its family is taken. Raises ValueError where several do.
+    It is known by its name. While a packaged entry has no name, the one file that holds the
+    authors' blocks of its family is taken; raises ValueError where several do.
     """
     if not entry.file:
         return _by_content(entry, folders)
-    for folder in folders:
-        path = folder / entry.file
-        if path.is_file():
-            return Found(path, f"found {path}{_difference(entry, path, progress)}")
-    return None
+    paths = (folder / entry.file for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def find_placed(
+    entry: Entry, folders: Iterable[Path], progress: Progress = no_progress
+) -> Found | None:
+    """The file of `placed_path` with what is to be said of it; None if there is none.
+
+    Its hash is compared where the entry has one; a file with another hash is the user's, and is
+    used.
+    """
+    path = placed_path(entry, folders)
+    return Found(path, f"found {path}{_difference(entry, path, progress)}") if path else None
 
 
 def file_digest(path: Path, progress: Progress):
@@ -60,19 +72,15 @@ def _difference(entry: Entry, path: Path, progress: Progress) -> str:
     )
 
 
-def _by_content(entry: Entry, folders: Iterable[Path]) -> Found | None:
-    found = [
-        path
-        for folder in folders
-        for path in sorted(folder.glob("*.safetensors"))
-        if _is_published(entry, path)
-    ]
+def _by_content(entry: Entry, folders: Iterable[Path]) -> Path | None:
+    paths = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    found = [path for path in paths if _is_published(entry, path)]
     if len(found) > 1:
         raise ValueError(
             f"Expected one file with the authors' blocks for {entry.label}, got "
             f"{', '.join(map(str, found))}. Choose one with Load ΔConv Weights."
         )
-    return Found(found[0], f"found {found[0]}, put there by hand") if found else None
+    return found[0] if found else None
 
 
 def _is_published(entry: Entry, path: Path) -> bool:

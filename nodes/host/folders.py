@@ -23,7 +23,7 @@ def register_folders() -> None:
 
     Creates the first, so that users find it, unless the installation is read-only.
     """
-    models = os.path.join(folder_paths.models_dir, FOLDER)
+    models = str(models_folder())
     folder_paths.add_model_folder_path(FOLDER, models)
     folder_paths.add_model_folder_path(FOLDER, output_folder())
     # An empty set of extensions would list every file.
@@ -33,6 +33,17 @@ def register_folders() -> None:
         os.makedirs(models, exist_ok=True)
     except OSError as error:
         logging.warning("ΔConv: cannot create %s (%s); going on without it.", models, error)
+
+
+def models_folder() -> Path:
+    """The folder that downloads go to, and that `repositories.json` lies in."""
+    return Path(folder_paths.models_dir) / FOLDER
+
+
+def input_folders() -> list[Path]:
+    """The registered folders without the one that saved weights go to."""
+    folders = folder_paths.get_folder_paths(FOLDER)
+    return [Path(folder) for folder in folders if folder != output_folder()]
 
 
 def output_folder() -> str:
