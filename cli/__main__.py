@@ -1,4 +1,4 @@
-"""`deltaconv COMMAND …`: distill, time and test the blocks from a terminal.
+"""`deltaconv COMMAND …`: distill, fetch, time and test the blocks from a terminal.
 
 After `pip install` the command is `deltaconv`, or `python -m comfyui_deltaconv.cli`; in a ComfyUI
 whose custom_nodes folder holds the pack, `python -m custom_nodes.FOLDER.cli`, run in ComfyUI's own
@@ -9,13 +9,14 @@ import argparse
 import signal
 import sys
 
-from . import CommandError, bench, distill, selftest
+from . import CommandError, bench, distill, download, selftest
 
 # To add a command: a file with a docstring, `add_arguments(parser)` and `run(options) -> int`, and
 # its row here. Its libraries are imported in `run`, so that --help is quick.
 COMMANDS = {
     "bench": (bench, "time attention, its replacements and the ΔConvBlock on this machine"),
     "distill": (distill, "distill the demo, or any checkpoint, into ΔConv weights"),
+    "download": (download, "list the ΔConv files that are known on Hugging Face, or fetch one"),
     "selftest": (selftest, "compare the kernels with their definition on this machine's device"),
 }
 ALIASES = {"distill": ["distil"]}
