@@ -32,6 +32,7 @@ COMMANDS = {
     "locales": "write the English texts of all nodes, for translations",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",
     "measures": "find which figure ranks students of the demo as their pictures do",
+    "published": "fill in revision, size and hash of the authors' files from Hugging Face",
     "release": "say what still keeps this version from being published",
     "selftest": "compare the kernels with their definition on this machine's device",
     "serve": "start ComfyUI with the pack loaded, for your browser",

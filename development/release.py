@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlparse
 
+from ..deltaconv.hub.entries import published_entries, unfilled
 from . import ROOT, DevelopmentError
 
 try:
@@ -48,4 +49,6 @@ def problems(root: Path) -> list[str]:
     for name in ("LICENSE", "NOTICE", "README.md"):
         if not (root / name).is_file():
             found.append(f"expected a file {name}, got none")
+    for entry in published_entries(root / "deltaconv" / "published.json"):
+        found += [f"{problem}: run `python dev.py published`" for problem in unfilled(entry)]
     return found

@@ -134,6 +134,7 @@ def test_a_wheel_holds_the_command_and_the_data(tmp_path):
         assert modules == {path.relative_to(package) for path in (package / folder).rglob("*.py")}
     data = {path.name for path in (ROOT / "deltaconv" / "data").iterdir()}
     assert data == {path.name for path in (package / "deltaconv" / "data").iterdir()}
+    assert (package / "deltaconv" / "published.json").is_file()
     entry = ConfigParser()
     entry.read(next(tmp_path.glob("site/*.dist-info/entry_points.txt")), encoding="utf-8")
     assert dict(entry["console_scripts"]) == {"deltaconv": "comfyui_deltaconv.cli.__main__:main"}

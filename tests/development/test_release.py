@@ -1,8 +1,10 @@
 """The release check refuses what must not be published, and the identity is the same everywhere."""
 
+import json
 import shutil
 
 import pytest
+from comfyui_deltaconv.deltaconv.hub.entries import PUBLISHED
 from comfyui_deltaconv.development import ROOT, DevelopmentError
 from comfyui_deltaconv.development.release import main, problems, tomllib
 
@@ -15,9 +17,21 @@ def ready(tmp_path):
     for name in FILES:
         shutil.copy(ROOT / name, tmp_path)
     edit(tmp_path / "pyproject.toml", address(), "https://example.org/repository")
+    (tmp_path / "deltaconv").mkdir()
+    write_published(tmp_path, filled(json.loads(PUBLISHED.read_text(encoding="utf-8"))))
     changes = tmp_path / "CHANGELOG.md"
     changes.write_text(changes.read_text(encoding="utf-8") + "\n## [0.1.0]\n", encoding="utf-8")
     return tmp_path
+
+
+def filled(rows):
+    """The packaged entries with figures; that they are of no file does not matter here."""
+    figures = {"revision": "0" * 40, "path": "x.safetensors", "size": 1, "sha256": "0" * 64}
+    return [{**row, **figures} for row in rows]
+
+
+def write_published(root, rows):
+    (root / "deltaconv" / "published.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def address():
@@ -63,6 +77,23 @@ def test_what_is_missing_is_named(ready, name, old, new, words):
 def test_a_missing_licence_is_named(ready):
     (ready / "LICENSE").unlink()
     assert problems(ready) == ["expected a file LICENSE, got none"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"revision": None, "sha256": None}, "expected revision, sha256 of sdxl, got none: run"),
+        ({"revision": "main"}, "expected a commit as revision of sdxl, got 'main'"),
+        ({"path": "../x.safetensors"}, "sdxl: expected the path of a .safetensors file"),
+        ({"sha256": "0"}, "sdxl: expected 64 digits"),
+    ],
+)
+def test_an_entry_of_a_file_to_download_that_is_not_filled_in_is_named(ready, changed, words):
+    rows = filled(json.loads(PUBLISHED.read_text(encoding="utf-8")))
+    rows[1] |= changed
+    write_published(ready, rows)
+    (problem,) = problems(ready)
+    assert problem.startswith(words) and "dev.py published" in problem
 
 
 def test_the_repository_address_stands_in_one_place():

@@ -44,6 +44,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _pointer(data: bytes) -> dict:
+    return {"sha256": sha256(data), "size": len(data), "pointerSize": 134}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -126,11 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(self.send(404, {"X-Error-Code": "RepoNotFound"}, b"no"))
             return
         files = [
-            {"rfilename": path, "size": len(data), "lfs": {"sha256": sha256(data)}}
+            {"rfilename": path, "size": len(data)}
+            | ({"lfs": _pointer(data)} if self.hub.large else {})
             for path, data in self.hub.files[repo].items()
         ]
-        for file in files:
-            file["lfs"] |= {"size": file["size"], "pointerSize": 134}
         text = json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode()
         self.wfile.write(self.send(200, {"Content-Type": "application/json"}, text))
 
