@@ -1,7 +1,7 @@
 """What can go wrong on the way, as sentences: what was expected, what was got, what to do.
 
-No sentence holds what a server says, an address with its query, or a header that was sent: signed
-addresses and tokens stay out of messages and logs.
+No sentence holds what a server says, an address with its query, or a header that was sent: tokens
+and signed addresses stay out of them.
 """
 
 import errno

@@ -137,6 +137,22 @@ def test_parts_of_another_file_or_too_long_ones_are_not_gone_on_from(server, fol
     assert "Range" not in server.gets()[0] and len(list(folder.iterdir())) == 1
 
 
+def test_a_range_that_the_hub_does_not_have_is_begun_anew(server, folder, monkeypatch):
+    monkeypatch.setattr(client, "_ask", lambda entry: client.Remote(SIZE, ENTRY.sha256))
+    folder.mkdir(parents=True)
+    (folder / f".x.safetensors.{ENTRY.sha256[:16]}.part").write_bytes(DATA[:1000])
+    server.first = [(416, {})]
+    assert download(ENTRY, folder).path.read_bytes() == DATA
+    assert ["Range" in headers for headers in server.gets()] == [True, False]
+
+
+def test_redirects_without_an_end_are_refused(server, folder):
+    location = {"Location": "/elsewhere"}
+    server.first = [(200, {"Content-Length": str(SIZE)})] + [(302, location)] * 9
+    part = f".x.safetensors.{ENTRY.sha256[:16]}.part"
+    refused(ENTRY, folder, "more than 5 redirects", kept=[part])
+
+
 def test_a_damaged_part_is_found_out(server, folder):
     folder.mkdir(parents=True)
     (folder / f".x.safetensors.{ENTRY.sha256[:16]}.part").write_bytes(b"\0" * 1000)

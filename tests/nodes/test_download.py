@@ -4,6 +4,7 @@ import json
 
 import pytest
 from comfyui_deltaconv.deltaconv import demo
+from comfyui_deltaconv.development.comfyui.client import PromptRefused
 from hub_server import COMMIT, hub_of_this_process, sha256
 
 DATA = demo.DELTACONV_PATH.read_bytes()
@@ -12,7 +13,7 @@ SD15 = "SD1.5 (7eu7d7/ConvFusion)"
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
+def remote(monkeypatch, tmp_path):
     with hub_of_this_process(monkeypatch, tmp_path) as found:
         found.files = {"a/b": {"some/x.safetensors": DATA}}
         yield found
@@ -51,7 +52,7 @@ def options(node):
     return entry.options
 
 
-def test_it_downloads_shows_what_it_does_and_loads(server, models, node, shown):
+def test_it_downloads_shows_what_it_does_and_loads(remote, models, node, shown):
     import folder_paths
 
     assert "x.safetensors" not in folder_paths.get_filename_list("deltaconv")
@@ -62,16 +63,16 @@ def test_it_downloads_shows_what_it_does_and_loads(server, models, node, shown):
     assert shown[-1] == f"downloaded 0.7 MB from a/b into {models / 'x.safetensors'}"
     assert "x.safetensors" in folder_paths.get_filename_list("deltaconv")
     assert node.fingerprint_inputs(LABEL) != before
-    server.seen.clear()
+    remote.seen.clear()
     assert len(node.execute(LABEL).args[0].sites) == 10
-    assert shown[-1].startswith("found ") and not server.seen
+    assert shown[-1].startswith("found ") and not remote.seen
 
 
-def test_an_interruption_stops_it_and_the_next_run_goes_on(server, models, node, shown):
+def test_an_interruption_stops_it_and_the_next_run_goes_on(remote, models, node, shown):
     import comfy.model_management as management
     from comfyui_deltaconv.nodes import download
 
-    server.slow = 0.01
+    remote.slow = 0.01
 
     def interrupting(text):
         if "MB" in text and not text.startswith("0.0"):
@@ -85,17 +86,17 @@ def test_an_interruption_stops_it_and_the_next_run_goes_on(server, models, node,
     (part,) = models.glob(".*.part")
     assert 0 < part.stat().st_size < len(DATA)
     assert len(node.execute(LABEL).args[0].sites) == 10
-    assert "Range" in server.gets()[-1]
+    assert "Range" in remote.gets()[-1]
 
 
-def test_refusals_are_plain_errors_and_stand_on_the_node(server, node, shown):
-    server.first = [(401, {})]
+def test_refusals_are_plain_errors_and_stand_on_the_node(remote, node, shown):
+    remote.first = [(401, {})]
     with pytest.raises(ValueError, match="status 401") as error:
         node.execute(LABEL)
     assert type(error.value) is ValueError and shown[-1] == str(error.value)
 
 
-def test_listing_and_checking_ask_nothing_of_the_network(server, node, models):
+def test_listing_and_checking_ask_nothing_of_the_network(remote, node, models):
     assert options(node) == [
         SD15,
         "SDXL (7eu7d7/ConvFusion)",
@@ -104,10 +105,10 @@ def test_listing_and_checking_ask_nothing_of_the_network(server, node, models):
     ]
     assert node.validate_inputs(LABEL) is True and node.validate_inputs(None) is True
     assert "Expected one of sd15" in node.validate_inputs("https://example.org/x.safetensors")
-    assert node.fingerprint_inputs(LABEL) == "" and not server.seen
+    assert node.fingerprint_inputs(LABEL) == "" and not remote.seen
 
 
-def test_a_wrong_list_of_the_users_leaves_the_packaged_ones(server, node, models, caplog):
+def test_a_wrong_list_of_the_users_leaves_the_packaged_ones(remote, node, models, caplog):
     (models / "repositories.json").write_text('[{"repo": "../.."}]', encoding="utf-8")
     assert len(options(node)) == 3
     assert "entry 1, repo" in caplog.text
@@ -126,7 +127,7 @@ def unfilled(monkeypatch):
 
 
 def test_what_is_not_filled_in_says_where_to_put_the_file(
-    server, models, node, shown, monkeypatch, folders
+    remote, models, node, shown, monkeypatch, folders
 ):
     import torch
     from comfyui_deltaconv.deltaconv import DeltaConvBlock
@@ -147,4 +148,32 @@ def test_what_is_not_filled_in_says_where_to_put_the_file(
     save_file({f"{name}.conv1.{key}": tensor for key, tensor in state.items()}, path)
     assert node.validate_inputs(SD15) is True and node.fingerprint_inputs(SD15)
     assert "DreamShaper" in node.execute(SD15).args[0].base_model
-    assert shown[-1].startswith(f"found {path}") and not server.seen
+    assert shown[-1].startswith(f"found {path}") and not remote.seen
+
+
+def prompt(file):
+    inputs = {"deltaconv": ["1", 0], "filename_prefix": "downloaded"}
+    return {
+        "1": {"class_type": "DeltaConvDownload", "inputs": {"file": file}},
+        "2": {"class_type": "DeltaConvSave", "inputs": inputs},
+    }
+
+
+def test_a_server_lists_the_files_and_loads_what_is_there(server):
+    folder = server.base / "models" / "deltaconv"
+    row = {"repo": "a/b", "revision": COMMIT, "path": "by/hand.safetensors"}
+    configuration, file = folder / "repositories.json", folder / "hand.safetensors"
+    configuration.write_text(json.dumps([row]), encoding="utf-8")
+    file.write_bytes(DATA)
+    try:
+        kind, options = server.object_info()["DeltaConvDownload"]["input"]["required"]["file"]
+        listed = options["options"] if kind == "COMBO" else kind
+        assert listed[0] == SD15 and listed[-1] == "by/hand.safetensors (a/b)"
+        assert server.queue(prompt(listed[-1]))["status"]["completed"]
+        with pytest.raises(PromptRefused, match="Expected one of sd15, sdxl, pixart, hand, got"):
+            server.queue(prompt("https://example.org/x.safetensors"))
+    finally:
+        configuration.unlink()
+        file.unlink()
+    (saved,) = (server.base / "output" / "deltaconv").glob("downloaded_*.safetensors")
+    saved.unlink()
