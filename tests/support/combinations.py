@@ -19,6 +19,8 @@ class Case:
     latent: torch.Tensor
     positive: list
     negative: list
+    # Part of the names of a self-attention's weights.
+    attention: str = ".attn1.to_q"
     weights: object = None
     frozen: dict = field(default_factory=dict)
 
@@ -31,7 +33,7 @@ class Case:
         blocks = {site: DeltaConvBlock(dim, 5, gate=gate) for site, dim in dims.items()}
         self.weights = weights_of_blocks(blocks)
 
-    def sample(self, model, *, positive=None, sampler="euler", steps=3, cfg=3.0, **options):
+    def sample(self, model, *, positive=None, sampler="euler", steps=2, cfg=3.0, **options):
         import comfy.sample
 
         noise = comfy.sample.prepare_noise(self.latent, 1)
@@ -82,7 +84,9 @@ def sdxl():
 
 def pixart():
     model = randomize(host_model("PixArtSigma", SMALL_PIXART), 0.1)
-    return Case(model, torch.zeros(1, 4, 16, 24), _condition(8, 32, 1), _condition(8, 32, 2))
+    return Case(
+        model, torch.zeros(1, 4, 36, 48), _condition(8, 32, 1), _condition(8, 32, 2), ".attn.qkv"
+    )
 
 
 def anima():
@@ -90,7 +94,7 @@ def anima():
 
     model = build("Anima")
     latent = torch.zeros(1, 16, 1, 12, 16)
-    return Case(model, latent, _condition(8, TEXT, 1), _condition(8, TEXT, 2))
+    return Case(model, latent, _condition(8, TEXT, 1), _condition(8, TEXT, 2), ".self_attn.q")
 
 
 FAMILIES: dict[str, Callable[[], Case]] = {
@@ -116,18 +120,26 @@ def node(module: str, name: str, **inputs):
         kind = _find(found, name)
         if hasattr(kind, "define_schema"):
             schema = kind.define_schema()
-            defaults = {i.id: getattr(i, "default", None) for i in schema.inputs if i.id != "model"}
+            defaults = {entry.id: _first_value(entry) for entry in schema.inputs[1:]}
             result = kind.execute(model=model, **{**defaults, **inputs})
             return result.args[0] if hasattr(result, "args") else result[0]
         types = kind.INPUT_TYPES()
         entries = {**types["required"], **types.get("optional", {})}
         defaults = {
-            key: entry[1].get("default") for key, entry in entries.items() if len(entry) > 1
+            key: entry[1].get("default") if len(entry) > 1 else entry[0][0]
+            for key, entry in entries.items()
         }
         values = {**defaults, **inputs, "model": model}
         return getattr(kind(), kind.FUNCTION)(**values)[0]
 
     return change
+
+
+def _first_value(entry):
+    """What a new node's widget holds."""
+    default = getattr(entry, "default", None)
+    options = getattr(entry, "options", None)
+    return options[0] if default is None and options else default
 
 
 def _find(module, name):
@@ -140,13 +152,12 @@ def _find(module, name):
     raise Missing(name)
 
 
-def lora_by_patch(part):
-    def change(case, model):
-        import comfy.sd
+def lora_by_patch(case, model):
+    """A LoRA on every self-attention, by ComfyUI's own loader."""
+    import comfy.sd
 
-        return comfy.sd.load_lora_for_models(model, None, lora_state(model, part), 1.0, 1.0)[0]
-
-    return change
+    state = lora_state(model, case.attention)
+    return comfy.sd.load_lora_for_models(model, None, state, 1.0, 1.0)[0]
 
 
 def attn2_patch(case, model):
@@ -198,7 +209,7 @@ def merged(case, model):
 _EXTRAS = "comfy_extras.nodes_"
 # Name → what the node does to a MODEL.
 PATCHES = {
-    "LoRA, by patch": lora_by_patch(".to_q"),
+    "LoRA, by patch": lora_by_patch,
     "IP-Adapter style attn2 patch": attn2_patch,
     "attn1 patch": attn1_patch,
     "attn1 replacement (StyleAligned)": attn1_replaced,
@@ -292,7 +303,7 @@ def batch(case, model):
 
     latent = case.latent.repeat(3, *([1] * (case.latent.ndim - 1)))
     noise = comfy.sample.prepare_noise(latent, 1)
-    arguments = (3, 3.0, "euler", "simple", case.positive, case.negative, latent)
+    arguments = (2, 3.0, "euler", "simple", case.positive, case.negative, latent)
     return comfy.sample.sample(model, noise, *arguments, seed=1)
 
 
@@ -303,3 +314,12 @@ SAMPLINGS = {
     "CFG 1": without_guidance,
     "batch of 3": batch,
 }
+
+
+def six_steps(case, model):
+    """Long enough for a cache to leave a step out."""
+    return case.sample(model, steps=6)
+
+
+# Nodes that act in such a sampling alone.
+SAMPLED = {"EasyCache": six_steps, "LazyCache": six_steps, "Differential Diffusion": inpaint}
