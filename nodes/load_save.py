@@ -91,8 +91,14 @@ class DeltaConvSave(Node):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, base
         )
-        file = f"{name}_{counter:05}_.safetensors"
-        write_weights(deltaconv, os.path.join(folder, file))
+        while True:
+            file = f"{name}_{counter:05}_.safetensors"
+            try:
+                write_weights(deltaconv, os.path.join(folder, file))
+                break
+            except FileExistsError:
+                # Another ComfyUI took the number meanwhile.
+                counter += 1
         folder_paths.filename_list_cache.pop(FOLDER, None)
         saved = os.path.join(subfolder, file)
         show_on_node(f"saved as {saved} in output/deltaconv")

@@ -56,19 +56,33 @@ class _Description(TypedDict):
 
 @dataclass(frozen=True)
 class _FileTensors(Mapping):
-    """Tensor name → tensor of one site, each read from the file on access."""
+    """Tensor name → tensor of one site, each read from the file on access.
+
+    Raises WeightsError where the file is not the one whose header was read.
+    """
 
     path: Path
     keys_by_name: Mapping[str, str]
+    # What `_identity` said of the file when its header was read.
+    identity: tuple[int, ...]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with open_tensors(self.path) as file:
+        with self._opened() as file:
             return file.get_tensor(self.keys_by_name[name])
 
     def items(self) -> ItemsView[str, torch.Tensor]:
         """All tensors of the site, with the file opened once."""
-        with open_tensors(self.path) as file:
+        with self._opened() as file:
             return {name: file.get_tensor(key) for name, key in self.keys_by_name.items()}.items()
+
+    def _opened(self):
+        file = open_tensors(self.path)
+        if _identity(self.path) != self.identity:
+            raise WeightsError(
+                f"Expected {self.path.name} as it was when it was loaded, got another file in its "
+                "place. Queue again to load that one."
+            )
+        return file
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_by_name)
@@ -85,6 +99,7 @@ def read_weights(path: str | os.PathLike, *, finite: bool = False) -> DeltaConvW
     no blocks or malformed ones, and metadata that contradict the tensors.
     """
     path = Path(path)
+    identity = _identity(path)
     header = read_header(path)
     by_site, note = published_keys(header.shapes, path.name)
     published = bool(by_site)
@@ -108,8 +123,17 @@ def read_weights(path: str | os.PathLike, *, finite: bool = False) -> DeltaConvW
             for site in sites:
                 tensors = ((name, file.get_tensor(key)) for name, key in by_site[site].items())
                 require_finite(site, tensors, source)
-    tensors = {site: _FileTensors(path, keys) for site, keys in by_site.items()}
+    tensors = {site: _FileTensors(path, keys, identity) for site, keys in by_site.items()}
     return DeltaConvWeights(sites=sites, tensors=tensors, source=source, **description)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes where a file is written again or replaced; () where it cannot be asked."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write_weights(

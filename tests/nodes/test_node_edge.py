@@ -69,6 +69,22 @@ def test_apply_and_save_show_what_they_did(model, shown):
     assert shown[1] == f"saved as {file} in output/deltaconv"
 
 
+@pytest.mark.any_comfyui
+def test_saves_at_the_same_time_take_numbers_of_their_own(model, shown, folders):
+    """As two ComfyUIs over one folder do."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from comfyui_deltaconv.nodes.load_save import DeltaConvSave
+
+    weights = read_weights(demo.DELTACONV_PATH)
+    with ThreadPoolExecutor(6) as pool:
+        files = [pool.submit(DeltaConvSave.execute, weights, "both") for _ in range(6)]
+        names = [file.result().args[0] for file in files]
+    assert len(set(names)) == 6
+    written = folders / "output" / "deltaconv"
+    assert sorted(path.name for path in written.iterdir()) == sorted(names)
+
+
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.6, 0.2), (-0.1, 1.0), (0.0, 1.5)])
 def test_percents_that_cannot_be_are_refused_before_anything_runs(server, start, end):
     prompt = to_prompt(workflow(_0=start, _1=end), server.object_info())
