@@ -86,7 +86,8 @@ def test_the_folder_is_shown_and_an_interrupt_says_how_to_go_on(browser, server,
 def test_an_error_leaves_no_line_of_another_run(browser, server, workflow):
     open_page(browser, server, Comfy_VueNodes_Enabled=False)
     with_widgets(browser, workflow, **{**SMALL, "samples": 100_000, "samples_mb": 1}, folder="x")
-    assert wait_for(browser, "failed") == "failed before it began, folder x"
+    said = wait_for(browser, "failed")
+    assert said.startswith("failed before it began, folder x. Expected room for 100000 samples")
 
 
 def test_a_new_node_keeps_its_seed(browser, server):
