@@ -1,8 +1,9 @@
 """ΔConv files on Hugging Face: which are known, and how one gets into a folder."""
 
-from .entries import CONFIGURATION, Entry, find_entry, known_entries, published_entries
+from .entries import Entry, published_entries
 from .failures import DownloadError, not_known
 from .fetch import Found, download
+from .known import CONFIGURATION, find_entry, known_entries
 from .placed import find_placed, placed_path
 
 __all__ = [

@@ -1,8 +1,7 @@
-"""The files that may be downloaded: the packaged list, and what the user's own file allows.
+"""The files that may be downloaded, and the packaged list of them.
 
 `published.json` names the authors' files. Its revisions, paths, sizes and hashes are filled in by
-`dev.py published`; until then an entry says where its file is, to be fetched by hand. A folder's
-`repositories.json` adds files of other repositories.
+`dev.py published`; until then an entry says where its file is, to be fetched by hand.
 """
 
 import json
@@ -13,7 +12,6 @@ from pathlib import Path
 from ..families import FAMILIES
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "published.json"
-CONFIGURATION = "repositories.json"
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPO = re.compile(rf"{_NAME}/{_NAME}")
@@ -75,39 +73,6 @@ def published_entries(path: Path = PUBLISHED) -> list[Entry]:
         title = row.pop("title")
         entries.append(Entry(label=f"{title} ({row['repo']})", **row))
     return entries
-
-
-def known_entries(folder: Path) -> list[Entry]:
-    """The packaged list and the entries of the folder's `repositories.json`, if there is one.
-
-    Raises ValueError that lists what is wrong in that file.
-    """
-    entries = published_entries()
-    path = folder / CONFIGURATION
-    if path.is_file():
-        # Import here: pydantic takes longer than all of the pack, and few have such a file.
-        from .configuration import read_configuration
-
-        entries += read_configuration(path, taken=[entry.file for entry in entries])
-    return entries
-
-
-def find_entry(name: str, folder: Path) -> Entry:
-    """The known entry with this name or label.
-
-    Raises ValueError that lists the names, or says what is wrong in `repositories.json`.
-    """
-    for entry in (packaged := published_entries()):
-        if name in (entry.name, entry.label):
-            return entry
-    known = known_entries(folder)
-    for entry in known[len(packaged) :]:
-        if name in (entry.name, entry.label):
-            return entry
-    raise ValueError(
-        f"Expected one of {', '.join(entry.name for entry in known)}, got {name!r:.120}. Files of "
-        f"other repositories are named in {folder / CONFIGURATION}."
-    )
 
 
 def repo_problem(repo: str) -> str:

@@ -58,28 +58,24 @@ def _condition(tokens, width, seed, **more):
     return [[torch.randn(1, tokens, width, generator=generator), extra]]
 
 
-def _unet(name, family, pooled):
-    from host_models import REAL
-
-    class_name, config = REAL[family]
-    config = {**config, **SMALL[family]}
-    model = randomize(host_model(class_name, config), 0.05)
-    context = config["context_dim"]
-    more = {"pooled_output": (1, 1280)} if pooled else {}
-    return Case(
-        model,
-        torch.zeros(1, 4, 16, 16),
-        _condition(8, context, 1, **more),
-        _condition(8, context, 2, **more),
-    )
-
-
 def sd15():
-    return _unet("SD15", "sd1", pooled=False)
+    """The packaged demo, which is trained: what nodes do to its attention shows."""
+    from comfyui_deltaconv.nodes.host.demo_model import load_demo_model
+    from patched_models import condition
+
+    model, latent = load_demo_model(), torch.zeros(1, 3, 16, 16)
+    return Case(model, latent, condition("red apple"), condition(""))
 
 
 def sdxl():
-    return _unet("SDXL", "sdxl", pooled=True)
+    from host_models import REAL
+
+    class_name, config = REAL["sdxl"]
+    config = {**config, **SMALL["sdxl"]}
+    model = randomize(host_model(class_name, config), 0.12)
+    more = {"pooled_output": (1, 1280)}
+    conditions = [_condition(8, config["context_dim"], seed, **more) for seed in (1, 2)]
+    return Case(model, torch.zeros(1, 4, 16, 16), *conditions)
 
 
 def pixart():
