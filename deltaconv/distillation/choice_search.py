@@ -80,9 +80,15 @@ def trade_off(
             if site in search.removable(replaced):
                 replaced = _without(replaced, site)
         search.errors(replaced)
-    search.sample_proposals([wanted] if quick else [*search.even_shares, *SHARES.values(), wanted])
+    proposed = None
+    if quick:
+        (proposed,) = search.sample_proposals([wanted])
+    else:
+        search.sample_proposals([*search.even_shares, *SHARES.values(), wanted])
     progress(search.most, search.most)
-    return TradeOff(search.latents, dict(costs), alone, search.growth, len(search.measured))
+    return TradeOff(
+        search.latents, dict(costs), alone, search.growth, len(search.measured), proposed
+    )
 
 
 @dataclass
@@ -165,20 +171,26 @@ class _Search:
         """Shares of the time, evenly spaced from the least."""
         return [self.least + (1 - self.least) * k / _PROPOSALS for k in range(_PROPOSALS)]
 
-    def sample_proposals(self, shares: Sequence[float]) -> None:
-        """Sample what is estimated to be best at these shares of the time."""
+    def sample_proposals(self, shares: Sequence[float]) -> list[ChoicePoint | None]:
+        """Sample what is estimated to be best at these shares of the time; None where nothing is.
+
+        Of each share the point, with the error that was sampled.
+        """
         estimated: dict[ChoicePoint, int] = {}
         for replaced in self.measured:
             for start, error in zip(self.starts, self.estimates(replaced), strict=True):
                 position, saved = self.path.positions[start], self._saved(replaced, start)
                 estimated[ChoicePoint(replaced, position, saved, error)] = start
         front = pareto(list(estimated))
-        known = {(point.replaced, point.start) for point in self.latents}
+        known = {(point.replaced, point.start): point for point in self.latents}
+        found: list[ChoicePoint | None] = []
         for share in shares:
             best = next((p for p in front if saves(p.saved, max(share, self.least))), None)
             if best and (best.replaced, best.start) not in known:
-                known.add((best.replaced, best.start))
-                self.sampled(best.replaced, estimated[best])
+                sampled = self.sampled(best.replaced, estimated[best])
+                known[best.replaced, best.start] = sampled
+            found.append(known[best.replaced, best.start] if best else None)
+        return found
 
     def _saved(self, replaced: tuple[str, ...], start: int) -> float:
         return share_saved(self.costs, replaced, self.path.positions[start])

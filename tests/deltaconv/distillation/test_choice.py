@@ -95,6 +95,18 @@ def test_what_is_chosen_saves_enough_at_the_least_error(measured, wanted):
     assert bounds[point] == min(bounds[other] for other in enough)
 
 
+def test_a_quick_search_takes_what_it_estimates_to_be_best(teacher):
+    path, blocks = toy_path(teacher), toy_blocks()
+    quick = trade_off(path, teacher, blocks, COSTS, wanted=0.6, quick=True)
+    assert quick.proposed in quick.points and quick.proposed.saved >= 0.6 - 1e-9
+    assert choose(quick, "balanced") == choose(quick, 0.6) == quick.proposed
+    assert choose(quick, "fastest").saved == 1
+    # Too little for more than it was asked for: the samplings decide.
+    if quick.proposed.saved < 0.99:
+        assert choose(quick, 0.99).saved >= 0.99
+    assert trade_off(path, teacher, blocks, COSTS).proposed is None
+
+
 def test_attention_stays_where_the_block_is_bad_and_saves_little(teacher):
     """A block that is the attention itself next to a bad one: the bad one goes."""
     path, blocks = toy_path(teacher), toy_blocks(1.0)
