@@ -53,9 +53,7 @@ class TradeOff:
 
     `alone` maps a site to the decibels that keeping attention there alone brings, estimated, mean
     over the starts; sites without which too little is saved are missing. `growth` tells by step
-    how an error made there grows until the end. `measurements` counts sets of layers. `proposed` is
-    the point that a quick search estimates to be best for the share it was asked for: among its few
-    samplings of few pictures the least error is often chance.
+    how an error made there grows until the end. `measurements` counts sets of layers.
     """
 
     latents: Mapping[ChoicePoint, torch.Tensor]
@@ -63,7 +61,6 @@ class TradeOff:
     alone: Mapping[str, float]
     growth: Sequence[float]
     measurements: int
-    proposed: ChoicePoint | None = None
 
     @property
     def points(self) -> tuple[ChoicePoint, ...]:
@@ -137,15 +134,13 @@ def error_bounds(points: Sequence[ChoicePoint]) -> dict[ChoicePoint, float]:
 def choose(measured: TradeOff, wanted: str | float) -> ChoicePoint:
     """The point of least error that saves what a preset of SHARES, or a share in (0, 1], asks for.
 
-    What a quick search proposed is taken. Errors are compared by `error_bounds`; of equal ones the
-    point that saves least is taken, as the one with attention in more places. Raises ValueError for
-    another preset or share, and where nothing saves as much.
+    Errors are compared by `error_bounds`; of equal ones the point that saves least is taken, as the
+    one with attention in more places. Raises ValueError for another preset or share, and where
+    nothing saves as much.
     """
     share, points = share_wanted(wanted), measured.points
     if wanted == FASTEST:
         return measured.front[-1]
-    if measured.proposed and saves(measured.proposed.saved, share):
-        return measured.proposed
     enough = [point for point in points if saves(point.saved, share)]
     if not enough:
         raise ValueError(

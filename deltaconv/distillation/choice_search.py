@@ -60,7 +60,8 @@ def trade_off(
 
     `quick` takes a third of the time: attention stays, unmeasured, in the layers that together save
     less than a fiftieth, layers are not measured again as others get theirs back, blocks in all
-    layers are sampled from every other start, and of the rest only what is `wanted`.
+    layers are sampled from every other start, and of the rest what is best from each start for the
+    share that is `wanted`.
     """
     replaced = _faster(blocks, costs)
     least = min(wanted, LEAST_SAVED) if wanted else LEAST_SAVED
@@ -80,15 +81,12 @@ def trade_off(
             if site in search.removable(replaced):
                 replaced = _without(replaced, site)
         search.errors(replaced)
-    proposed = None
     if quick:
-        (proposed,) = search.sample_proposals([wanted])
+        search.sample_each_start(wanted)
     else:
         search.sample_proposals([*search.even_shares, *SHARES.values(), wanted])
     progress(search.most, search.most)
-    return TradeOff(
-        search.latents, dict(costs), alone, search.growth, len(search.measured), proposed
-    )
+    return TradeOff(search.latents, dict(costs), alone, search.growth, len(search.measured))
 
 
 @dataclass
@@ -171,26 +169,43 @@ class _Search:
         """Shares of the time, evenly spaced from the least."""
         return [self.least + (1 - self.least) * k / _PROPOSALS for k in range(_PROPOSALS)]
 
-    def sample_proposals(self, shares: Sequence[float]) -> list[ChoicePoint | None]:
-        """Sample what is estimated to be best at these shares of the time; None where nothing is.
-
-        Of each share the point, with the error that was sampled.
-        """
-        estimated: dict[ChoicePoint, int] = {}
-        for replaced in self.measured:
-            for start, error in zip(self.starts, self.estimates(replaced), strict=True):
-                position, saved = self.path.positions[start], self._saved(replaced, start)
-                estimated[ChoicePoint(replaced, position, saved, error)] = start
+    def sample_proposals(self, shares: Sequence[float]) -> None:
+        """Sample what is estimated to be best at these shares of the time."""
+        estimated = self._estimated()
         front = pareto(list(estimated))
-        known = {(point.replaced, point.start): point for point in self.latents}
-        found: list[ChoicePoint | None] = []
         for share in shares:
             best = next((p for p in front if saves(p.saved, max(share, self.least))), None)
-            if best and (best.replaced, best.start) not in known:
-                sampled = self.sampled(best.replaced, estimated[best])
-                known[best.replaced, best.start] = sampled
-            found.append(known[best.replaced, best.start] if best else None)
-        return found
+            self._sample_once(best, estimated)
+
+    def sample_each_start(self, share: float) -> None:
+        """Sample what is estimated to be best from each start at this share of the time.
+
+        Growth is learned from blocks in all layers; how few of them fare in the first steps, a
+        sampling tells.
+        """
+        estimated = self._estimated()
+        for start in self.starts:
+            enough = [
+                point
+                for point, step in estimated.items()
+                if step == start and saves(point.saved, max(share, self.least))
+            ]
+            self._sample_once(min(enough, key=lambda p: p.error, default=None), estimated)
+
+    def _estimated(self) -> dict[ChoicePoint, int]:
+        """Every measured set from every start with its estimated error → the step of the start."""
+        return {
+            ChoicePoint(
+                replaced, self.path.positions[start], self._saved(replaced, start), error
+            ): start
+            for replaced in self.measured
+            for start, error in zip(self.starts, self.estimates(replaced), strict=True)
+        }
+
+    def _sample_once(self, point: ChoicePoint | None, estimated: Mapping[ChoicePoint, int]) -> None:
+        known = {(sampled.replaced, sampled.start) for sampled in self.latents}
+        if point and (point.replaced, point.start) not in known:
+            self.sampled(point.replaced, estimated[point])
 
     def _saved(self, replaced: tuple[str, ...], start: int) -> float:
         return share_saved(self.costs, replaced, self.path.positions[start])

@@ -95,16 +95,12 @@ def test_what_is_chosen_saves_enough_at_the_least_error(measured, wanted):
     assert bounds[point] == min(bounds[other] for other in enough)
 
 
-def test_a_quick_search_takes_what_it_estimates_to_be_best(teacher):
-    path, blocks = toy_path(teacher), toy_blocks()
-    quick = trade_off(path, teacher, blocks, COSTS, wanted=0.6, quick=True)
-    assert quick.proposed in quick.points and quick.proposed.saved >= 0.6 - 1e-9
-    assert choose(quick, "balanced") == choose(quick, 0.6) == quick.proposed
-    assert choose(quick, "fastest").saved == 1
-    # Too little for more than it was asked for: the samplings decide.
-    if quick.proposed.saved < 0.99:
-        assert choose(quick, 0.99).saved >= 0.99
-    assert trade_off(path, teacher, blocks, COSTS).proposed is None
+def test_a_quick_search_samples_something_from_each_start_that_saves_enough(teacher):
+    quick = trade_off(toy_path(teacher), teacher, toy_blocks(), COSTS, wanted=0.6, quick=True)
+    enough = {point.start for point in quick.points if point.saved >= 0.6 - 1e-9}
+    # All layers from a start save so much of the time.
+    assert enough == {step / STEPS for step in range(STEPS) if 1 - step / STEPS >= 0.6}
+    assert choose(quick, "balanced").saved >= 0.6 - 1e-9
 
 
 def test_attention_stays_where_the_block_is_bad_and_saves_little(teacher):
@@ -261,7 +257,7 @@ def test_a_quick_search_measures_less_and_saves_as_much(layers, steps, wanted):
     measured = trade_off(path, None, blocks, costs, wanted=wanted, quick=True)
     assert measured.measurements == path.calls <= 2 * len(faster) + 2
     # From every other start, and what is wanted.
-    assert len(measured.points) <= 6
+    assert len(measured.points) <= 5 + 10  # all layers from every other start, the best from each
     assert choose(measured, "fastest").replaced == faster
     assert choose(measured, wanted).saved >= wanted - 1e-9
 
