@@ -340,12 +340,13 @@ class _Run:
 
 
 def _planned_before(settings: DistillationSettings, saved: object) -> DistillationSettings:
-    """The settings with the steps that a state was planned with."""
+    """The settings with the steps and the initialization that a state was planned with."""
     try:
         former = DistillationSettings.from_mapping(saved)
     except DistillationError:
         return settings
-    return with_steps(settings, former.layers.steps, former.joint.steps)
+    planned = with_steps(settings, former.layers.steps, former.joint.steps)
+    return replace(planned, init_images=former.init_images)
 
 
 def _mean(losses: Mapping[str, float]) -> float:

@@ -256,8 +256,8 @@ def test_a_quick_search_measures_less_and_saves_as_much(layers, steps, wanted):
     blocks = dict.fromkeys(costs, lambda x: x)
     measured = trade_off(path, None, blocks, costs, wanted=wanted, quick=True)
     assert measured.measurements == path.calls <= 2 * len(faster) + 2
-    # From every other start, and what is wanted.
-    assert len(measured.points) <= 5 + 10  # all layers from every other start, the best from each
+    # All layers from every other start, and the best from each.
+    assert len(measured.points) <= 5 + 10
     assert choose(measured, "fastest").replaced == faster
     assert choose(measured, wanted).saved >= wanted - 1e-9
 

@@ -112,6 +112,16 @@ def test_a_resumed_run_keeps_its_plan(tmp_path):
     assert "other settings" not in records[0].message
 
 
+def test_another_pace_at_the_initialization_is_no_other_setting(tmp_path):
+    """The number of its images follows the pace too, which is another on the next day."""
+    with closing(run(tmp_path, steps(3, 4))) as records:
+        list(islice(records, 4))
+    settings = replace(FREE, init_images=FREE.init_images + 8)
+    records = list(run(tmp_path, steps(9, 9), settings=settings))
+    assert "other settings" not in records[0].message
+    assert records[-1].settings == with_steps(FREE, 3, 4)
+
+
 def test_a_run_that_is_done_asks_for_more(tmp_path):
     list(run(tmp_path, steps(2, 2)))
     more = steps(2, 3)
