@@ -1,14 +1,14 @@
 """The ΔConvBlock: a pyramid of gated depthwise convolutions and a pooled constant."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
-from ..kernels import GATES, Biases, Projections, gated_pyramid, pyramid_projection
+from ..kernels import GATES, Biases, Projections, SiteProjection, gated_pyramid
 from .geometry import check_geometry, complete_state, default_scales, read_geometry
 
 
@@ -30,6 +30,13 @@ class DepthwiseKernel(nn.Module):
         return "×".join(map(str, self.weight.shape)) + ("" if self.bias is None else ", bias")
 
 
+def _like(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`tensor.to`, which takes longer to find that there is nothing to do."""
+    if tensor.dtype == dtype and tensor.device == device:
+        return tensor
+    return tensor.to(device, dtype)
+
+
 class Gate(nn.Module):
     """One scale of the pyramid; its own module only for the published tensor names."""
 
@@ -40,21 +47,36 @@ class Gate(nn.Module):
         self.conv_spatial = DepthwiseKernel(kernel_size, channels, bias, dtype=dtype, device=device)
 
 
-@contextmanager
-def lend_plain(
-    linears: Sequence[nn.Module], like: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, ...] | None]:
-    """Yield weight, bias, weight, bias … of plain torch Linears, else None: call the modules.
+class Lent:
+    """A context that yields what it was given; a generator costs more than the rest of the call."""
+
+    __slots__ = ("weights",)
+
+    def __init__(self, weights: tuple[torch.Tensor, ...] | None):
+        self.weights = weights
+
+    def __enter__(self) -> tuple[torch.Tensor, ...] | None:
+        return self.weights
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def lend_plain(linears: Sequence[nn.Module], like: torch.Tensor) -> Lent:
+    """Context: weight, bias, weight, bias … of plain torch Linears, or None: call the modules.
 
     A host whose Linears cast or move their weights supplies its own `lend` beside them, which
     yields the tensors in `like`'s dtype, on its device.
     """
-    plain = [each for each in linears if type(each) is nn.Linear and each.bias is not None]
-    hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
-    if hooked or len(plain) < len(linears):
-        yield None
-        return
-    yield tuple(tensor for linear in plain for tensor in (linear.weight, linear.bias))
+    tensors = []
+    for each in linears:
+        # Read the dictionaries: Module's own lookup takes ten times as long.
+        bias = each._parameters.get("bias")
+        plain = type(each) is nn.Linear and bias is not None
+        if not plain or each._forward_hooks or each._forward_pre_hooks:
+            return Lent(None)
+        tensors += (each._parameters["weight"], bias)
+    return Lent(tuple(tensors))
 
 
 class DeltaConvBlock(nn.Module):
@@ -95,6 +117,7 @@ class DeltaConvBlock(nn.Module):
         self.scales, self.gate = tuple(map(float, scales)), gate
         self.biased = tuple(sorted(set(biased)))
         self._lend = getattr(operations, "lend", lend_plain)
+        self._project = SiteProjection()
         inner = dim // 2
         factory = {"dtype": dtype, "device": device}
         self.conv_up = operations.Linear(dim, inner, **factory)
@@ -134,14 +157,18 @@ class DeltaConvBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, W, C] → [B, H, W, C], any B, H, W ≥ 1."""
+        # Read the dictionary: Module's own lookup takes ten times as long.
+        modules = cast(dict[str, nn.Module], self._modules)
+        linears = (modules["conv_up"], modules["conv_out"], modules["conv_pool"])
+        with self._lend(linears, x) as lent:
+            if lent is not None:
+                up_weight, up_bias, *rest = lent
+                u = linear(x, up_weight, up_bias)
+                kernels, biases = self.depthwise_like(u)
+                projections = Projections(*rest)
+                return self._project(x, u, kernels, self.scales, self.gate, projections, biases)
         u = self.conv_up(x)
         kernels, biases = self.depthwise_like(u)
-        with self._lend((self.conv_out, self.conv_pool), u) as linear:
-            if linear is not None:
-                projections = Projections(*linear)
-                return pyramid_projection(
-                    x, u, kernels, self.scales, self.gate, projections, biases
-                )
         pyramid = gated_pyramid(u, kernels, self.scales, self.gate, biases)
         context = self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
         return self.conv_out(pyramid) + context
@@ -149,12 +176,17 @@ class DeltaConvBlock(nn.Module):
     def depthwise_like(self, u: torch.Tensor) -> tuple[list[torch.Tensor], Biases]:
         """Every scale's kernel [k, k, h], and bias [h] or None, in u's dtype and on its device."""
         # The host casts its modules' weights to the activations; plain parameters are cast here.
-        gates = cast(Iterable[Gate], self.gates)
-        kernels = [gate.conv_spatial.weight.to(u) for gate in gates]
-        if not self.biased:
-            return kernels, ()
-        biases = [gate.conv_spatial.bias for gate in gates]
-        return kernels, [None if bias is None else bias.to(u) for bias in biases]
+        dtype, device = u.dtype, u.device
+        kernels, biases = [], []
+        # Dictionaries, as in `forward`.
+        gates = cast(nn.Module, self._modules["gates"])
+        for gate in cast(dict[str, nn.Module], gates._modules).values():
+            parameters = cast(DepthwiseKernel, gate._modules["conv_spatial"])._parameters
+            kernels.append(_like(cast(torch.Tensor, parameters["weight"]), dtype, device))
+            if self.biased:
+                bias = parameters.get("bias")
+                biases.append(None if bias is None else _like(bias, dtype, device))
+        return kernels, biases
 
     def extra_repr(self) -> str:
         scales = ", ".join(f"{scale:.3g}" for scale in self.scales)

@@ -9,11 +9,13 @@ from .reference import (
     pooled_size,
     pyramid_projection_definition,
 )
+from .site import SiteProjection
 
 __all__ = [
     "GATES",
     "Biases",
     "Projections",
+    "SiteProjection",
     "gated_pyramid",
     "gated_pyramid_definition",
     "pooled_size",

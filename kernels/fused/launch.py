@@ -55,6 +55,8 @@ class Launch:
         self.options = {"num_warps": warps, "num_stages": stages}
         self.tail = (*self.numbers.values(), *self.constants.values())
         self._direct: Callable | None = None
+        # What Triton compiled, once it was called; None also in the interpreter.
+        self.compiled: Any = None
         self._probed = False
 
     @property
@@ -72,6 +74,7 @@ class Launch:
             self._probed = True
             # The interpreter returns nothing.
             if compiled is not None:
+                self.compiled = compiled
                 self._direct = self._past_lookup(compiled, picked[0].device)
 
     def _past_lookup(self, compiled, device: torch.device) -> Callable | None:

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 import comfy.ops
 import torch
 
+from ...deltaconv.block import Lent
+
 Weights = tuple[torch.Tensor, ...]
 
 
@@ -33,7 +35,7 @@ class LendingCast(comfy.ops.manual_cast):
             # Compare types: a quantized weight also passes isinstance.
             plain = plain and type(weight) is type(bias) is torch.nn.Parameter
             if not plain or linear._forward_hooks or linear._forward_pre_hooks:
-                return _Ready(None)
+                return Lent(None)
             tensors += (weight, bias)
             # `_v` is a place in dynamic VRAM; the weights that run are there, not in the module.
             if "_v" in own or linear.weight_function or linear.bias_function:
@@ -42,22 +44,7 @@ class LendingCast(comfy.ops.manual_cast):
                 ready = False
             elif weight.device != device or bias.device != device:
                 ready = False
-        return _Ready(tuple(tensors)) if ready else _cast(linears, like)
-
-
-class _Ready:
-    """A context that does nothing; a generator would cost more than the rest of the call."""
-
-    __slots__ = ("weights",)
-
-    def __init__(self, weights: Weights | None):
-        self.weights = weights
-
-    def __enter__(self) -> Weights | None:
-        return self.weights
-
-    def __exit__(self, *_) -> None:
-        pass
+        return Lent(tuple(tensors)) if ready else _cast(linears, like)
 
 
 @contextmanager

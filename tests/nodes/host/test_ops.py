@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import DeltaConvBlock, demo, read_weights
-from comfyui_deltaconv.deltaconv import block as block_file
+from comfyui_deltaconv.kernels import SiteProjection
 from comfyui_deltaconv.kernels.accuracy import distance
 
 pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
@@ -34,13 +34,13 @@ def map_of(dtype):
 def fused(monkeypatch):
     """A list that grows with every fused op that a block runs."""
     calls = []
-    real = block_file.pyramid_projection
+    real = SiteProjection.__call__
 
     def counted(*arguments):
         calls.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(block_file, "pyramid_projection", counted)
+    monkeypatch.setattr(SiteProjection, "__call__", counted)
     return calls
 
 
@@ -118,7 +118,14 @@ def no_bias(block):
     block.conv_pool.bias = None
 
 
-@pytest.mark.parametrize("change", [hook, pre_hook, own_forward, other_type, no_bias])
+def first_hook(block):
+    block.conv_up.register_forward_hook(lambda module, arguments, output: output + 1)
+
+
+CHANGES = [hook, pre_hook, own_forward, other_type, no_bias, first_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_call_that_does_more_is_made(fused, change):
     import comfy.ops
 
@@ -159,7 +166,7 @@ def test_weights_are_given_back_whatever_happens(monkeypatch):
     block.conv_pool.weight_function = [fails]
     with pytest.raises(ZeroDivisionError):
         block(map_of(torch.float32))
-    # The first projection's own call, then what had been lent when the second could not be.
+    # What had been lent when the last could not be.
     assert given_back == [block.conv_up, block.conv_out]
 
 
