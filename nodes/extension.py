@@ -6,6 +6,7 @@ from .apply import DeltaConvApply
 from .benchmark import DeltaConvBenchmark
 from .choose import DeltaConvChoose
 from .compare import DeltaConvCompare
+from .cuda_graph import DeltaConvCudaGraph
 from .demo import DeltaConvDemoModel, DeltaConvDemoPrompt
 from .distill import DeltaConvDistill
 from .distill_settings import DeltaConvDistillSettings
@@ -29,6 +30,7 @@ class DeltaConvExtension(ComfyExtension):
             DeltaConvLoad,
             DeltaConvDownload,
             DeltaConvApply,
+            DeltaConvCudaGraph,
             DeltaConvSave,
             DeltaConvCompare,
             DeltaConvDemoModel,

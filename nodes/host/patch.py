@@ -23,7 +23,7 @@ from .ops import LendingCast
 KEY = "deltaconv"
 
 # Clones for several GPUs get their blocks only after ON_CLONE; 0.18.2 has no such event.
-_CLONE_EVENTS = [
+CLONE_EVENTS = [
     getattr(CallbacksMP, event)
     for event in ("ON_CLONE", "ON_DEEPCLONE_MULTIGPU")
     if hasattr(CallbacksMP, event)
@@ -99,7 +99,7 @@ def attach(
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, application.before_sampling)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, application.after_sampling)
     rebind = functools.partial(_rebind, application)
-    for event in _CLONE_EVENTS:
+    for event in CLONE_EVENTS:
         patched.add_callback_with_key(event, KEY, rebind)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, application.around_sampling)
     if application.percent_range is not None:
@@ -151,7 +151,7 @@ def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Model
     """A clone of `model` without any ΔConvBlocks."""
     clone = model.clone()
     clone.remove_additional_models(KEY)
-    for event in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP, *_CLONE_EVENTS):
+    for event in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP, *CLONE_EVENTS):
         clone.remove_callbacks_with_key(event, KEY)
     for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         clone.remove_wrappers_with_key(wrapper, KEY)

@@ -1,0 +1,47 @@
+"""Replay a MODEL's calls as CUDA graphs."""
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from .host.node_text import show_on_node
+from .host.replay import Replays, attach_replays
+from .node import Node
+from .sockets import CATEGORY
+
+
+class DeltaConvCudaGraph(Node):
+    """MODEL → MODEL whose calls are recorded once per sampling and then replayed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvCudaGraph",
+            display_name="Replay Model Calls (CUDA Graph)",
+            category=CATEGORY,
+            description="Launch every call of the model at once instead of kernel by kernel. At "
+            "small and middle sizes the computer's processor holds the GPU up; this takes it out "
+            "of the way, with and without ΔConv. The pictures stay the same, bit for bit.",
+            search_aliases=["cuda graph", "launch overhead", "faster sampling", "replay"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="Any MODEL on an NVIDIA GPU, after all nodes that change it. Where a "
+                    "call cannot be replayed it runs as usual, and the log says why.",
+                )
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        device = comfy.model_management.get_torch_device()
+        said = "Replays every model call from the second of its kind on."
+        if device.type != "cuda":
+            said = f"No effect: ComfyUI runs on {device.type}, where there are no CUDA graphs."
+        elif model.is_dynamic():
+            said = (
+                "No effect with dynamic VRAM, in which weights can move between calls. Start "
+                "ComfyUI with --disable-dynamic-vram or --highvram."
+            )
+        show_on_node(said)
+        return io.NodeOutput(attach_replays(model, Replays()))
