@@ -287,6 +287,10 @@ def _model_problem(diffusion_model: torch.nn.Module) -> str:
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has a hook"
         forward = module.__dict__.get("forward")
+        if getattr(forward, "__func__", None) is type(module).forward:
+            # ComfyUI restores a method to the instance; it is the module's own all the same.
+            if forward.__self__ is module:
+                continue
         if forward is not None and not (
             hasattr(forward, "deltaconv") or hasattr(forward, "deltaconv_replay")
         ):

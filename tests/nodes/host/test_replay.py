@@ -60,6 +60,15 @@ def test_pictures_keep_their_bits(base, weights, recorder, replaying):
         assert (recorder.recorded, recorder.replayed) == (1, 3)
 
 
+def test_the_model_beneath_is_replayed_after_blocks_were_on_it(base, weights, recorder, replaying):
+    """ComfyUI puts the forwards that it restores on the modules themselves."""
+    sample(apply(base, weights)[0])
+    expected = sample(base, steps=4)
+    assert any("forward" in vars(module) for module in base.model.diffusion_model.modules())
+    assert torch.equal(sample(replaying(base), steps=4), expected)
+    assert recorder.replayed == 3
+
+
 def test_order_with_apply_does_not_matter(base, weights, recorder, replaying):
     expected = sample(apply(base, weights)[0], steps=3)
     assert torch.equal(sample(apply(replaying(base), weights)[0], steps=3), expected)
