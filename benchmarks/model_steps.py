@@ -19,9 +19,12 @@ from ..deltaconv.weights.model import weights_of_blocks
 from ..kernels.timing import once, summary
 from ..nodes.host.application import Application
 from ..nodes.host.patch import attach, load_blocks
+from ..nodes.host.replay import Replays, attach_replays
 from ..nodes.host.sites import find_sites
 
-STOCK, OURS = "stock", "deltaconv"
+STOCK, OURS, FASTER = "stock", "deltaconv", "deltaconv where faster"
+# As CUDA graphs, by the node that replays model calls.
+REPLAYED = ", replayed"
 # Steps longer than this are measured three times only, and once.
 LONG_STEP, LONGEST_STEP = 0.5, 5.0
 # UNet → how often a map that HyperTile tiles may have been halved. At core's default, full
@@ -48,7 +51,7 @@ def measure(
     A variant whose output equals stock's has no effect; it gets a sentence instead of a time.
     """
     device = torch.device(patcher.load_device)
-    step_of = _steps(family, pixels // 8, patcher, dtype, batch)
+    step_of = _steps(pixels // 8, patcher, dtype, batch)
     entry = {
         "family": family,
         "pixels": pixels,
@@ -57,18 +60,40 @@ def measure(
     }
     entry |= {"repeats": repeats, "steps": {}, "memory": {}, "left_out": {}}
     comfy.model_management.load_models_gpu([patcher])
-    steps = {name: step_of(found) for name, found in instead(family, patcher).items()}
+    variants = instead(family, patcher)
+    steps = {name: step_of(found) for name, found in variants.items()}
     outputs = {}
     for name in list(steps):
         _warm_up(name, steps, outputs, entry, device)
     if STOCK in outputs:
         _leave_out_without_effect(steps, outputs, entry)
+    variants = {name: found for name, found in variants.items() if name in steps}
     # Attached last, so that the blocks do not count as another variant's memory.
-    patched = with_blocks(family, patcher, dtype)
+    variants |= with_blocks(family, patcher, dtype)
+    patched = variants[OURS]
     comfy.model_management.load_models_gpu([patched, *patched.get_nested_additional_models()])
-    steps[OURS] = step_of(patched)
-    _warm_up(OURS, steps, outputs, entry, device)
-    entry |= {"steps": _in_turns(steps, patched, device, repeats)}
+    replays = {}
+    if device.type == "cuda":
+        for name in (STOCK, OURS, FASTER):
+            replays[name + REPLAYED] = Replays()
+            variants[name + REPLAYED] = attach_replays(variants[name], replays[name + REPLAYED])
+    turn = _Turn(patched)
+    for name in [name for name in variants if name not in outputs]:
+        steps[name] = step_of(variants[name])
+        turn.take(variants[name])
+        if name in replays:
+            replays[name].before_sampling(variants[name])
+        _warm_up(name, steps, outputs, entry, device)
+    if {STOCK, STOCK + REPLAYED} <= outputs.keys():
+        entry["same_bits"] = {
+            name: torch.equal(outputs[name], outputs[name + REPLAYED])
+            for name in (STOCK, OURS, FASTER)
+            if name in outputs and name + REPLAYED in outputs
+        }
+    entry |= {"steps": _in_turns(steps, variants, turn, device, repeats)}
+    for name, each in replays.items():
+        each.after_sampling(variants[name])
+    turn.take(patched)
     slow = entry["steps"].get(STOCK, {"median": float("inf")})["median"]
     if family in HYPERTILE_DEPTH:
         if slow < LONG_STEP:
@@ -80,7 +105,21 @@ def measure(
     return entry
 
 
-def _steps(family: str, side: int, patcher, dtype, batch: int) -> Callable[[ModelPatcher], Step]:
+class _Turn:
+    """Whose patches are on the one loaded model; not counted in any time."""
+
+    def __init__(self, loaded: ModelPatcher):
+        self._on = loaded
+
+    def take(self, variant: ModelPatcher) -> None:
+        """Puts on the object patches of this variant."""
+        if variant is not self._on:
+            self._on.unpatch_model(unpatch_weights=False)
+            variant.patch_model(load_weights=False)
+            self._on = variant
+
+
+def _steps(side: int, patcher, dtype, batch: int) -> Callable[[ModelPatcher], Step]:
     """A function from a variant to its step, all on the same random input."""
     device = patcher.load_device
     shape = (batch, patcher.model.latent_format.latent_channels, side, side)
@@ -92,10 +131,10 @@ def _steps(family: str, side: int, patcher, dtype, batch: int) -> Callable[[Mode
     times = torch.full((batch,), 500.0, device=device)
 
     def step_of(variant: ModelPatcher) -> Step:
-        place = {}
-        if family != "pixart":
-            place["transformer_options"] = dict(variant.model_options["transformer_options"])
-        return lambda: variant.model.diffusion_model(x, times, **arguments, **place)
+        options = dict(variant.model_options["transformer_options"])
+        return lambda: variant.model.diffusion_model(
+            x, times, **arguments, transformer_options=options
+        )
 
     return step_of
 
@@ -118,21 +157,28 @@ def instead(family: str, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
     return found
 
 
-def with_blocks(family: str, patcher: ModelPatcher, dtype: torch.dtype) -> ModelPatcher:
-    """A clone with random blocks of the published kernel sizes at every site."""
+def with_blocks(family: str, patcher: ModelPatcher, dtype: torch.dtype) -> dict[str, ModelPatcher]:
+    """Clones with random blocks of the published kernel sizes at every site, which they share.
+
+    By name: blocks always, and where they are the faster.
+    """
     known, model_sites = FAMILIES[family], find_sites(patcher)
     blocks = {
         site: DeltaConvBlock(dim, known.published_kernel(site), gate=known.gate)
         for site, dim in model_sites.dims.items()
     }
     loaded = load_blocks(weights_of_blocks(blocks), tuple(blocks), known.gate, dtype)
-    return attach(patcher, loaded, Application(model_sites, tuple(blocks)))
+    return {
+        name: attach(patcher, loaded, Application(model_sites, tuple(blocks), where_faster=faster))
+        for name, faster in ((OURS, False), (FASTER, True))
+    }
 
 
 def _warm_up(name: str, steps: dict, outputs: dict, entry: dict, device: torch.device) -> None:
-    """Two calls: the first compiles, the second gives output and peak memory."""
+    """Two calls, three of a replay: the last gives output and peak memory, the first compiles."""
     try:
-        steps[name]()
+        for _ in range(2 if name.endswith(REPLAYED) else 1):
+            steps[name]()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         outputs[name] = steps[name]()
@@ -160,7 +206,7 @@ def _leave_out_without_effect(steps: dict, outputs: dict, entry: dict) -> None:
         del steps[name]
 
 
-def _in_turns(steps: dict, patched: ModelPatcher, device, repeats: int) -> dict:
+def _in_turns(steps: dict, variants: dict, turn: _Turn, device, repeats: int) -> dict:
     """Name → median and quartiles in seconds; the first round is not counted."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for done in range(1 + repeats):
@@ -169,10 +215,7 @@ def _in_turns(steps: dict, patched: ModelPatcher, device, repeats: int) -> dict:
             break
         for name, step in steps.items():
             # Outside the timed call, so that stock runs its own forwards only.
-            if name == OURS:
-                patched.patch_model(load_weights=False)
-            else:
-                patched.unpatch_model(unpatch_weights=False)
+            turn.take(variants[name])
             samples[name].append(once(step, device))
     return {name: summary(values[1:]) for name, values in samples.items()}
 
