@@ -4,16 +4,15 @@ Writes JSON and prints a table in µs; `plot` draws the JSON. Nothing that compu
 at the shape that is timed gets a time.
 """
 
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ..kernels.device import environment
 from ..kernels.timing import copy_bandwidth, fp32_rate
 from .contenders import CONTENDERS
+from .report_file import ReportFile
 from .shapes import MODELS, ROWS, SMALL, SWEEP, Row, floors
 from .trial import TOO_LONG, TRAINED, measure_forward, measure_training
 
@@ -24,30 +23,42 @@ def run(
     batch: int,
     repeats: int,
     chosen: Sequence[str],
-    path: Path | None = None,
+    file: ReportFile,
 ) -> dict:
-    """What was chosen of `SETS`, as one JSON-ready report; prints and writes it as it goes."""
+    """What was chosen of `SETS`, as one JSON-ready report; prints and writes it as it goes.
+
+    Rows that the file has are not measured again; none is begun after its time is over.
+    """
     start = time.monotonic()
     bandwidth, rate = copy_bandwidth(device), fp32_rate(device)
-    about = environment(device) | {"copy_bytes_per_second": bandwidth, "fp32_per_second": rate}
-    about |= {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "repeats": repeats}
+    about = environment(device) | {"dtype": str(dtype).removeprefix("torch.")}
+    about |= {"batch": batch, "repeats": repeats}
+    report = file.open(about)
+    # Of the first run, if this one goes on with it: floors must fit each other.
+    report["environment"].setdefault("copy_bytes_per_second", bandwidth)
+    report["environment"].setdefault("fp32_per_second", rate)
+    bandwidth = report["environment"]["copy_bytes_per_second"]
+    before = report.get("seconds", 0)
+    about = report["environment"]
     print("\n".join(f"{key}: {value}" for key, value in about.items() if value is not None))
-    report = {"environment": about, "results": []}
 
     def record(kind: str, row: Row, result: dict, count: int = 1, group: str = "") -> None:
         bound = floors(row, batch, dtype.itemsize, bandwidth, rate)
         entry = {"kind": kind, "group": group, "count": count, **row._asdict(), "floors": bound}
-        report["results"].append(entry | result)
-        report["seconds"] = time.monotonic() - start
-        print_row(report["results"][-1])
-        if path:
-            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report["seconds"] = before + time.monotonic() - start
+        file.add(entry | result)
+        print_row(entry | result)
+
+    def wanted(kind: str, row: Row, group: str = "") -> bool:
+        return file.wants(kind=kind, group=group, **row._asdict())
 
     def each(kind: str, rows: Sequence[Row], names: Sequence[str], measure) -> None:
         way = "eager, graph" if device.type == "cuda" else "eager"
         print(f"\n{kind}: µs, median ({way})")
         too_long: dict[str, str] = {}
         for row in rows:
+            if not wanted(kind, row):
+                continue
             tried = [name for name in names if name not in too_long]
             result = measure(row, batch, dtype, device, tried, repeats)
             result["left_out"] |= too_long
@@ -65,6 +76,8 @@ def run(
             print("\nmodels: µs, median")
             for group, sites in MODELS.items():
                 for row, count in sites:
+                    if not wanted(kind, row, group):
+                        continue
                     names = ("attn1", "nchw", "ours")
                     result = measure_forward(row, batch, dtype, device, names, repeats)
                     record(kind, row, result, count, group)

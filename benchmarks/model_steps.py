@@ -31,6 +31,8 @@ LONG_STEP, LONGEST_STEP = 0.5, 5.0
 # resolution only, SDXL has no attention.
 HYPERTILE_DEPTH = {"sd1": 0, "sdxl": 2}
 SAMPLED_STEPS, GUIDANCE = 20, 4.0
+# Kernel size of blocks that no published ones are known for.
+UNPUBLISHED = 9
 # Width of CLIP-G's pooled output, which SDXL reads beside the text.
 _POOLED = 1280
 
@@ -122,7 +124,10 @@ class _Turn:
 def _steps(side: int, patcher, dtype, batch: int) -> Callable[[ModelPatcher], Step]:
     """A function from a variant to its step, all on the same random input."""
     device = patcher.load_device
-    shape = (batch, patcher.model.latent_format.latent_channels, side, side)
+    latents = patcher.model.latent_format
+    # Families of video models draw one frame.
+    frames = (1,) if latents.latent_dimensions == 3 else ()
+    shape = (batch, latents.latent_channels, *frames, side, side)
     x = torch.randn(shape, dtype=dtype, device=device)
     context = torch.randn(batch, *_text_shape(patcher), dtype=dtype, device=device)
     arguments = {"context": context}
@@ -158,13 +163,13 @@ def instead(family: str, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
 
 
 def with_blocks(family: str, patcher: ModelPatcher, dtype: torch.dtype) -> dict[str, ModelPatcher]:
-    """Clones with random blocks of the published kernel sizes at every site, which they share.
+    """Clones with random blocks at every site, which they share: always, and where faster.
 
-    By name: blocks always, and where they are the faster.
+    Kernels have the published sizes, or `UNPUBLISHED` where nobody ships blocks.
     """
     known, model_sites = FAMILIES[family], find_sites(patcher)
     blocks = {
-        site: DeltaConvBlock(dim, known.published_kernel(site), gate=known.gate)
+        site: DeltaConvBlock(dim, known.published_kernel(site) or UNPUBLISHED, gate=known.gate)
         for site, dim in model_sites.dims.items()
     }
     loaded = load_blocks(weights_of_blocks(blocks), tuple(blocks), known.gate, dtype)

@@ -4,7 +4,6 @@
 """
 
 import gc
-import json
 import math
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..deltaconv.flops import (
 from ..deltaconv.geometry import BlockGeometry
 from ..kernels.device import environment
 from . import BenchmarkError
+from .report_file import ReportFile
 
 _SD = {
     "image_size": 32,
@@ -78,6 +78,37 @@ MODELS = {
         },
         (512, 1024),
     ),
+    "anima": (
+        "Anima",
+        {
+            "image_model": "anima",
+            "max_img_h": 240,
+            "max_img_w": 240,
+            "max_frames": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_spatial": 2,
+            "patch_temporal": 1,
+            "model_channels": 2048,
+            "num_blocks": 28,
+            "num_heads": 16,
+            "concat_padding_mask": True,
+            "crossattn_emb_channels": 1024,
+            "pos_emb_cls": "rope3d",
+            "pos_emb_learnable": True,
+            "pos_emb_interpolation": "crop",
+            "min_fps": 1,
+            "max_fps": 30,
+            "use_adaln_lora": True,
+            "adaln_lora_dim": 256,
+            "extra_per_block_abs_pos_emb": False,
+            "rope_h_extrapolation_ratio": 4.0,
+            "rope_w_extrapolation_ratio": 4.0,
+            "rope_t_extrapolation_ratio": 1.0,
+            "rope_enable_fps_modulation": False,
+        },
+        (1024,),
+    ),
 }
 
 
@@ -87,29 +118,35 @@ def count() -> dict:
 
 
 def run(
-    tree: Path, device: torch.device, batch: int, repeats: int, path: Path | None = None
+    tree: Path,
+    device: torch.device,
+    batch: int,
+    repeats: int,
+    file: ReportFile,
 ) -> dict:
     """Steps of whole models of the ComfyUI in `tree`, as one JSON-ready report.
 
-    Prints and writes it as it goes. Raises BenchmarkError if `tree` is no ComfyUI.
+    Prints and writes it as it goes; steps that the file has are not measured again. Raises
+    BenchmarkError if `tree` is no ComfyUI.
     """
     _enter(tree, device)
     from .model_steps import measure
 
-    report = {"environment": environment(device) | {"comfyui": _version()}, "steps": []}
+    report = file.open(environment(device) | {"comfyui": _version()})
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    # On a CPU one small map only shows that everything works.
-    sizes = {family: model[-1] for family, model in MODELS.items()}
-    for family, all_pixels in ({"sd1": (128,)} if device.type == "cpu" else sizes).items():
-        for pixels in all_pixels:
-            # The model before this one must be gone, or its weights count as memory.
-            gc.collect()
-            patcher = build(family, dtype, device)
-            step = measure(family, pixels, patcher, dtype, batch, repeats)
-            del patcher
-            report["steps"].append(step)
-            if path:
-                path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    # The sizes that most people draw at first, of every family; on a CPU one small map only shows
+    # that everything works.
+    sizes = [(family, pixels) for family, model in MODELS.items() for pixels in model[-1]]
+    sizes.sort(key=lambda each: each[1] > 1024)
+    for family, pixels in [("sd1", 128)] if device.type == "cpu" else sizes:
+        if not file.wants(family=family, pixels=pixels, batch=batch):
+            continue
+        # The model before this one must be gone, or its weights count as memory.
+        gc.collect()
+        patcher = build(family, dtype, device)
+        step = measure(family, pixels, patcher, dtype, batch, repeats)
+        del patcher
+        file.add(step)
     return report
 
 

@@ -26,7 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="default: all but small; on a CPU small alone",
     )
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=Path, help="file to write, after every result")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what is in the file of --json"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="begin nothing after this; go on later with --resume"
+    )
     parser.add_argument(
         "--comfyui",
         type=Path,
@@ -38,6 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--flops", action="store_true", help="count operations instead of time")
     parser.add_argument(
+        "--host",
+        action="store_true",
+        help="microseconds that one eager call costs the host; without a GPU up to the launches",
+    )
+    parser.add_argument(
+        "--everything",
+        type=Path,
+        metavar="FOLDER",
+        help="all of it in order of value, a file each in an existing folder, with --comfyui whole "
+        "models first; what is there is not measured again",
+    )
+    parser.add_argument(
         "--cpu-step",
         action="store_true",
         help="the demo student's ten blocks on the CPU, as they run now and as first written",
@@ -48,6 +66,12 @@ def run(options: argparse.Namespace) -> int:
     path = options.json
     if path and not path.absolute().parent.is_dir():
         raise CommandError(f"Expected --json in a folder that exists, got {path}. Make the folder.")
+    if options.everything and not options.everything.is_dir():
+        raise CommandError(
+            f"Expected --everything to be a folder that exists, got {options.everything}. Make it."
+        )
+    if options.resume and not path:
+        raise CommandError("Expected --json with --resume, the file to go on with, got none.")
     try:
         _measure(options, path)
     except BenchmarkError as error:
@@ -58,21 +82,35 @@ def run(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace, path: Path | None) -> None:
     import torch
 
-    from ..benchmarks import cpu_step, layers, models
+    from ..benchmarks import cpu_step, everything, host, layers, models
+    from ..benchmarks.report_file import ReportFile
     from .device import chosen_device
 
-    device, measured = chosen_device(options.device), (options.batch, options.repeats, path)
-    if options.flops or options.comfyui:
-        report = models.count() if options.flops else {}
-        if options.comfyui:
-            report |= models.run(options.comfyui, device, *measured)
+    device = chosen_device(options.device)
+    on_cpu = device.type == "cpu"
+    dtype = getattr(torch, DTYPES[options.dtype or ("fp32" if on_cpu else "fp16")])
+    limits = {"resume": options.resume, "seconds": options.seconds}
+    if options.everything:
+        everything.run(
+            options.everything, options.comfyui, device, dtype, options.batch, options.seconds
+        )
+        return
+    if options.flops:
+        report = models.count()
         if path:
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         return
-    if options.cpu_step:
-        cpu_step.run(*measured)
+    if options.comfyui:
+        file = ReportFile(path, results="steps", **limits)
+        models.run(options.comfyui, device, options.batch, options.repeats, file)
         return
-    on_cpu = device.type == "cpu"
-    dtype = getattr(torch, DTYPES[options.dtype or ("fp32" if on_cpu else "fp16")])
+    if options.cpu_step:
+        cpu_step.run(options.batch, options.repeats, path)
+        return
+    if options.host:
+        half = torch.float16 if options.dtype is None else dtype
+        host.run(device, half, options.batch, ReportFile(path, **limits))
+        return
     chosen = options.only or (["small"] if on_cpu else [s for s in SETS if s != "small"])
-    layers.run(device, dtype, options.batch, options.repeats, chosen, path)
+    file = ReportFile(path, **limits)
+    layers.run(device, dtype, options.batch, options.repeats, chosen, file)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from comfyui_deltaconv.cli import host
 from comfyui_deltaconv.development import ROOT, unwind_when_terminated
-from comfyui_deltaconv.development.comfyui.browser import chromium, missing_programs
 from comfyui_deltaconv.development.comfyui.server import running
 from comfyui_deltaconv.development.comfyui.tree import chosen_tree
 from comfyui_deltaconv.development.lean import lean_python
@@ -127,6 +126,9 @@ def server(comfyui_tree):
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium; without one, tests skip on a person's machine and fail in CI."""
+    # Imported here: tests of the kernels run on machines without Selenium.
+    from comfyui_deltaconv.development.comfyui.browser import chromium, missing_programs
+
     missing = missing_programs()
     if missing and not os.environ.get("CI"):
         pytest.skip(f"no {' and no '.join(missing)} on the path for the page tests")

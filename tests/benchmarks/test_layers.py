@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_deltaconv.benchmarks import check, contenders, cpu_step, layers, plot, shapes, trial
+from comfyui_deltaconv.benchmarks.report_file import ReportFile
 from comfyui_deltaconv.benchmarks.shapes import Row
 from comfyui_deltaconv.cli.__main__ import main
 from comfyui_deltaconv.deltaconv import flops
@@ -127,7 +128,7 @@ def test_what_is_too_slow_in_a_sweep_is_not_tried_at_larger_sizes(monkeypatch):
     monkeypatch.setattr(layers, "SWEEP", TINY)
     monkeypatch.setattr(layers, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(trial, "LONGEST_CALL", 0.0)
-    found = layers.run(CPU, torch.float32, 1, 1, ["sweep"])["results"]
+    found = layers.run(CPU, torch.float32, 1, 1, ["sweep"], ReportFile())["results"]
     assert found[0]["left_out"]["ours"].startswith("one call takes")
     assert found[1]["left_out"]["ours"].startswith("not tried: at tiny one call takes")
 

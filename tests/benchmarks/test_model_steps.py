@@ -91,8 +91,9 @@ def test_easycache_is_measured_over_sampled_steps_of_which_it_skips_some(step_en
     assert "20 steps sampled, easycache" in capsys.readouterr().out
 
 
-def test_a_transformer_has_stock_and_blocks_alone(step_entry):
-    entry = step_entry("pixart", 512, repeats=1)
+@pytest.mark.parametrize(("family", "pixels"), [("pixart", 512), ("anima", 128)])
+def test_a_transformer_has_stock_and_blocks_alone(step_entry, family, pixels):
+    entry = step_entry(family, pixels, repeats=1)
     assert (
         list(entry["steps"]) == ["stock", "deltaconv", "deltaconv where faster"]
         and "sampling" not in entry

@@ -32,6 +32,13 @@ SMALL = {
         "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
     },
     "pixart": {"depth": 2, "hidden_size": 32, "num_heads": 2},
+    "anima": {
+        "model_channels": 32,
+        "num_blocks": 2,
+        "num_heads": 2,
+        "crossattn_emb_channels": 16,
+        "adaln_lora_dim": 8,
+    },
 }
 SMALL_PIXART = {
     "image_model": "pixart_sigma",

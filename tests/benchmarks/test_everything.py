@@ -1,0 +1,88 @@
+"""All benchmarks in one command: files, going on after a cut, and the host's own time."""
+
+import json
+
+import pytest
+import torch
+from comfyui_deltaconv.benchmarks import BenchmarkError, host, layers, trial
+from comfyui_deltaconv.benchmarks.report_file import ReportFile
+from comfyui_deltaconv.benchmarks.shapes import Row
+from comfyui_deltaconv.cli.__main__ import main
+
+CPU = torch.device("cpu")
+TINY = (Row("tiny", 16, 3, 8, 2, 16), Row("tiny", 16, 3, 12, 2, 16))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(layers, "SMALL", TINY)
+    monkeypatch.setattr(layers, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(trial, "LONGEST_CALL", 1e9)
+    monkeypatch.setattr(host, "CALLS", 3)
+    monkeypatch.setattr(host, "ROUNDS", 3)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_cut_run_goes_on_and_measures_nothing_twice(tiny, tmp_path, capsys):
+    line = ["bench", "--device", "cpu", "--everything", str(tmp_path)]
+    assert main([*line, "--seconds", "0"]) == 0
+    assert read(tmp_path / "host.json")["cut"] and not read(tmp_path / "host.json")["results"]
+    assert read(tmp_path / "layers.json")["cut"]
+    assert main(line) == 0
+    first = {path.name: read(path) for path in tmp_path.glob("*.json")}
+    assert set(first) == {"host.json", "layers.json"}
+    kinds = [entry["kind"] for entry in first["layers.json"]["results"]]
+    assert kinds == ["small", "small", "training", "training"]
+    assert not any("cut" in report for report in first.values())
+    # A file from which one result was lost gets that one alone.
+    lost = read(tmp_path / "layers.json")
+    gone = lost["results"].pop(1)
+    (tmp_path / "layers.json").write_text(json.dumps(lost), encoding="utf-8")
+    assert main(line) == 0
+    again = read(tmp_path / "layers.json")
+    assert again["results"][:-1] == lost["results"]
+    assert {k: again["results"][-1][k] for k in ("kind", "name")} == {
+        k: gone[k] for k in ("kind", "name")
+    }
+    assert read(tmp_path / "host.json") == first["host.json"]
+
+
+def test_a_report_of_another_device_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "report.json"
+    file = ReportFile(path)
+    file.open({"device": "one"})
+    file.add({"name": "a"})
+    assert not ReportFile(path).report["results"]
+    resumed = ReportFile(path, resume=True)
+    resumed.open({"device": "one"})
+    assert not resumed.wants(name="a") and resumed.wants(name="b")
+    with pytest.raises(BenchmarkError, match=r"to be of device two, as this run is, got one"):
+        ReportFile(path, resume=True).open({"device": "two"})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--everything", "missing"], "Expected --everything to be a folder that exists"),
+        (["--resume"], "Expected --json with --resume"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(options, sentence, tmp_path, capsys):
+    options = [str(tmp_path / each) if each == "missing" else each for each in options]
+    assert main(["bench", "--device", "cpu", *options]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_host_prepares_its_launches_where_it_can(tiny, capsys):
+    report = host.run(CPU, torch.float16, 2, ReportFile())
+    (entry,) = report["results"]
+    assert entry["prepared"]
+    # The first product, the result and the working memory: nothing else is made.
+    assert entry["tensors"]["block"] == 3 and entry["tensors"]["published style"] > 15
+    assert entry["tensors"]["four launches by the driver"] == 0
+    for timing in entry["microseconds"].values():
+        assert 0 <= timing["low"] <= timing["median"] <= timing["high"]
+    assert "µs of the host" in capsys.readouterr().out
