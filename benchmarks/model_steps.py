@@ -8,9 +8,11 @@ anything is timed; then all take turns over one loaded model.
 from collections.abc import Callable
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import copy_nested_dicts
 
 from ..deltaconv import DeltaConvBlock
 from ..deltaconv.families import FAMILIES
@@ -75,10 +77,10 @@ def measure(
     patched = variants[OURS]
     comfy.model_management.load_models_gpu([patched, *patched.get_nested_additional_models()])
     replays = {}
-    if device.type == "cuda":
-        for name in (STOCK, OURS, FASTER):
-            replays[name + REPLAYED] = Replays()
-            variants[name + REPLAYED] = attach_replays(variants[name], replays[name + REPLAYED])
+    for name in (STOCK, OURS, FASTER):
+        if (made := replays_for(device)) is not None:
+            replays[name + REPLAYED] = made
+            variants[name + REPLAYED] = attach_replays(variants[name], made)
     turn = _Turn(patched)
     for name in [name for name in variants if name not in outputs]:
         steps[name] = step_of(variants[name])
@@ -94,6 +96,10 @@ def measure(
         }
     entry |= {"steps": _in_turns(steps, variants, turn, device, repeats)}
     for name, each in replays.items():
+        # A variant that was not replayed has stock's time under another's name.
+        if reason := each.why_not():
+            entry["left_out"][name] = f"not replayed: {reason}"
+            entry["steps"].pop(name, None)
         each.after_sampling(variants[name])
     turn.take(patched)
     slow = entry["steps"].get(STOCK, {"median": float("inf")})["median"]
@@ -105,6 +111,11 @@ def measure(
     patched.unpatch_model(device)
     _print(entry)
     return entry
+
+
+def replays_for(device: torch.device) -> Replays | None:
+    """What replays a variant's calls; None where there are no CUDA graphs."""
+    return Replays() if device.type == "cuda" else None
 
 
 class _Turn:
@@ -136,7 +147,10 @@ def _steps(side: int, patcher, dtype, batch: int) -> Callable[[ModelPatcher], St
     times = torch.full((batch,), 500.0, device=device)
 
     def step_of(variant: ModelPatcher) -> Step:
-        options = dict(variant.model_options["transformer_options"])
+        # As sampling hands them over: wrappers stand in the options.
+        options = comfy.model_patcher.create_model_options_clone(variant.model_options)
+        options = options["transformer_options"]
+        options["wrappers"] = copy_nested_dicts(variant.wrappers)
         return lambda: variant.model.diffusion_model(
             x, times, **arguments, transformer_options=options
         )

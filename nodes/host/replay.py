@@ -115,6 +115,13 @@ class Replays:
                 log.info("ΔConv: %s.", sentence)
         run.__init__()
 
+    def why_not(self) -> str:
+        """Why no call of this sampling was replayed so far; "" if one was."""
+        run = self._run
+        if run.replayed:
+            return ""
+        return "; ".join(run.usual) or "the wrapper was never called"
+
     def around_call(self, executor, *arguments, **named):
         """DIFFUSION_MODEL wrapper: replay the call if it can be, else make it."""
         run = self._run

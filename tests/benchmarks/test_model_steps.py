@@ -92,8 +92,19 @@ def test_easycache_is_measured_over_sampled_steps_of_which_it_skips_some(step_en
 
 
 @pytest.mark.parametrize(("family", "pixels"), [("pixart", 512), ("anima", 128)])
-def test_a_transformer_has_stock_and_blocks_alone(step_entry, family, pixels):
+def test_a_transformer_has_stock_and_blocks_alone(step_entry, family, pixels, monkeypatch):
+    from comfyui_deltaconv.deltaconv.block import DeltaConvBlock
+
+    maps, real = [], DeltaConvBlock.forward
+
+    def noted(self, x):
+        maps.append(x.shape[1:3])
+        return real(self, x)
+
+    monkeypatch.setattr(DeltaConvBlock, "forward", noted)
     entry = step_entry(family, pixels, repeats=1)
+    # Blocks that never run would be timed as attention.
+    assert set(maps) == {(pixels // 16, pixels // 16)}
     assert (
         list(entry["steps"]) == ["stock", "deltaconv", "deltaconv where faster"]
         and "sampling" not in entry
@@ -118,3 +129,39 @@ def test_a_variant_without_memory_leaves_the_others_to_be_timed(step_entry, monk
     entry = step_entry("sd1", 64, repeats=1)
     assert entry["left_out"]["large"] == "out of memory"
     assert "stock" in entry["steps"] and "large" not in entry["steps"]
+
+
+@pytest.mark.parametrize(("family", "pixels"), [("sd1", 64), ("pixart", 512)])
+def test_replayed_variants_are_replayed(step_entry, family, pixels, monkeypatch):
+    from comfyui_deltaconv.benchmarks import model_steps
+    from comfyui_deltaconv.nodes.host.replay import Replays
+
+    replayed = []
+
+    def record(call):
+        output = call()
+        return lambda: replayed.append(1), output
+
+    monkeypatch.setattr(model_steps, "replays_for", lambda device: Replays(record, "cpu"))
+    monkeypatch.setattr(model_steps, "sampling", lambda *_: {"steps": 0, "variants": {}})
+    entry = step_entry(family, pixels, repeats=2)
+    names = [name for name in entry["steps"] if name.endswith(", replayed")]
+    assert len(names) == 3
+    # Recorded and replayed at warm-up, met a third time, and in every round.
+    assert len(replayed) == 3 * (2 + 3)
+    assert entry["same_bits"] == dict.fromkeys(
+        ("stock", "deltaconv", "deltaconv where faster"), True
+    )
+
+
+def test_what_is_not_replayed_gets_no_time(step_entry, monkeypatch):
+    from comfyui_deltaconv.benchmarks import model_steps
+    from comfyui_deltaconv.nodes.host.replay import Replays
+
+    def refuse(call):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model_steps, "replays_for", lambda device: Replays(refuse, "cpu"))
+    entry = step_entry("pixart", 512, repeats=1)
+    assert not any(name.endswith(", replayed") for name in entry["steps"])
+    assert "not replayed: " in entry["left_out"]["stock, replayed"]
