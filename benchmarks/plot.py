@@ -19,6 +19,7 @@ HEADINGS = {
     "nhwc": "torch, NHWC",
     "ours": "ours",
 }
+STEP_TITLES = {"sd1": "SD1.5", "sdxl": "SDXL", "pixart": "PixArt-Σ", "anima": "Anima"}
 TRAINING = ("training", "training sweep")
 # Elements that all five launches read and write, per token and C; see kernels/README.md.
 MOVED = 5.875
@@ -49,6 +50,23 @@ def table(report: dict) -> str:
         if entries:
             lines += ["", *([title, ""] if title else []), *_rows(entries)]
     return "\n".join([*lines, "", *totals(report)]).rstrip()
+
+
+def steps_table(report: dict) -> str:
+    """Markdown of whole steps in ms: medians, the middle half of the repeats in brackets."""
+    names = list(dict.fromkeys(name for entry in report["steps"] for name in entry["steps"]))
+    lines = ["| | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
+    for entry in report["steps"]:
+        cells = [f"{STEP_TITLES.get(entry['family'], entry['family'])} at {entry['pixels']}²"]
+        for name in names:
+            timing = entry["steps"].get(name)
+            if timing is None:
+                cells.append("–")
+                continue
+            middle, low, high = (f"{timing[k] * 1e3:.1f}" for k in ("median", "low", "high"))
+            cells.append(f"{middle} ({low} to {high})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _rows(entries: list[dict]) -> list[str]:
@@ -199,6 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--explain", action="store_true", help="the distance to the floor, by row")
     options = parser.parse_args(argv)
     report = json.loads(options.report.read_text(encoding="utf-8"))
+    if report.get("steps"):
+        print(steps_table(report))
+        return 0
     if not report.get("results"):
         parser.error(f"expected results of layers in {options.report}, got none")
     if options.table or not (options.png or options.explain):

@@ -109,13 +109,21 @@ def test_a_report_without_layers_has_no_table(tmp_path, capsys):
     assert "expected results of layers" in capsys.readouterr().err
 
 
-def test_the_readme_has_the_table_that_the_committed_json_gives():
+def test_the_readme_has_the_tables_that_the_committed_json_gives(capsys):
     folder = Path(layers.__file__).parent
-    found = json.loads((folder / "results" / "h100.json").read_text(encoding="utf-8"))
-    rows = plot.table(found).split("\n\n")[1]
-    assert rows.count("\n") == 20
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert rows in readme and plot.explain(found) in readme
+
+    def read(name):
+        return json.loads((folder / "results" / name).read_text(encoding="utf-8"))
+
+    found, earlier = read("h200.json"), read("h100.json")
+    earlier["results"] = [entry for entry in earlier["results"] if entry["kind"] == "sweep"]
+    tables = [part for part in plot.table(found).split("\n\n") if part.startswith("| site")]
+    assert [table.count("\n") for table in tables] == [13, 10, 4]
+    for table in (*tables, plot.explain(found), plot.table(earlier).split("\n\n")[1]):
+        assert table in readme
+    assert plot.main([str(folder / "results" / "h200_models.json")]) == 0
+    assert capsys.readouterr().out.strip() in readme
 
 
 @pytest.mark.parametrize("what", [["--flops"], ["--comfyui", "nowhere"], []])
