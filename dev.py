@@ -23,6 +23,7 @@ from development.environment import ensure
 # bench and selftest are the product's (cli/); distill adds to it.
 COMMANDS = {
     "architecture": "draw the map of docs/architecture.md from the imports",
+    "artwork": "draw the pack's icon and banner",
     "bench": "time attention, its replacements and the ΔConvBlock on this machine",
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
     "distill": "distill the demo, or any checkpoint, into ΔConv weights",

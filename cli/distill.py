@@ -3,7 +3,8 @@
 The configuration is a YAML file, all of its entries optional; without one the demo is distilled:
 
     model: demo                  # or the path of a checkpoint that ComfyUI loads
-    data: demo                   # or a folder of pictures, each with a .txt of its caption
+    data: demo                   # or a folder of pictures, each with a .txt of its caption; the
+                                 # demo's own are in the repository alone: else it draws samples
     prompts: [red apple]         # instead of data: train on the model's own samples
     samples: 64                  # how many of them
     size: 64                     # width and height of the pictures in pixels; default: the model's

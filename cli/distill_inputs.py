@@ -88,7 +88,10 @@ def chosen_inputs(
         return encode_prompts(teacher, list(map(str, texts)), teacher.clip)
 
     (unconditional,) = encode([""])
-    if prompts := configuration.prompts:
+    prompts = configuration.prompts
+    if configuration.data == "demo" and teacher.family == demo.FAMILY and not prompts:
+        prompts = _prompts_in_place_of_pictures(configuration)
+    if prompts:
         channels = teacher.patcher.model.latent_format.latent_channels
         shape, conditions = (channels, size // pixels, size // pixels), encode(prompts)
         data = partial(
@@ -114,6 +117,21 @@ def chosen_inputs(
         latents = [_encode_picture(teacher, picture) for picture in pictures]
     data = Dataset(latents, encode(captions), unconditional)
     return Inputs(data, data.conditions, unconditional, tuple(latents[0].shape))
+
+
+def _prompts_in_place_of_pictures(configuration: Configuration) -> list[str]:
+    """Captions of the demo where its pictures, which archives leave out, are missing; else []."""
+    if demo.PICTURES_PATH.is_file():
+        return []
+    captions = demo.captions()
+    # From all over the list, which goes by kind.
+    chosen = captions[:: max(1, len(captions) // configuration.samples)][: configuration.samples]
+    print(
+        f"The demo's training pictures are in the pack's repository alone: {len(chosen)} samples "
+        "of its own are drawn in their place.",
+        flush=True,
+    )
+    return chosen
 
 
 def _say_tenths(done: int, total: int) -> None:

@@ -95,12 +95,20 @@ def text_encoder() -> TextEncoder:
     return TextEncoder({word: row + 1 for row, word in enumerate(vocabulary)}, words, positions)
 
 
+def captions() -> list[str]:
+    """The captions of the demo's 512 training pictures."""
+    return CAPTIONS_PATH.read_text(encoding="utf-8").splitlines()
+
+
 def pictures() -> tuple[torch.Tensor, list[str]]:
-    """The demo's training pictures [512, 3, 64, 64] in −1…1, and their captions."""
+    """The demo's training pictures [512, 3, 64, 64] in −1…1, and their captions.
+
+    The pictures are in the repository and in wheels, not in the registry's archive.
+    """
     import numpy as np
     from PIL import Image
 
     sheet = torch.from_numpy(np.array(Image.open(PICTURES_PATH).convert("RGB")))
     pattern = "(rows h) (columns w) c -> (rows columns) c h w"
     tiles = rearrange(sheet, pattern, h=NATIVE_SIZE, w=NATIVE_SIZE)
-    return tiles.float() / 127.5 - 1, CAPTIONS_PATH.read_text(encoding="utf-8").splitlines()
+    return tiles.float() / 127.5 - 1, captions()

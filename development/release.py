@@ -13,6 +13,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
+# Keys of [tool.comfy] and the files in docs/ that they show.
+PICTURES = {"Icon": "icon.png", "Banner": "banner.png"}
 _SEMVER = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -35,7 +37,8 @@ def problems(root: Path) -> list[str]:
     host = url.hostname or ""
     if url.scheme != "https" or "." not in host or host.split(".")[-1] == "invalid":
         found.append(
-            f"expected the repository's public address in pyproject.toml, got {url.geturl()!r}"
+            f"expected the repository's public address in pyproject.toml, got {url.geturl()!r}; "
+            "Icon and Banner begin with it too"
         )
     version = project["version"]
     if not _SEMVER.fullmatch(version):
@@ -43,10 +46,20 @@ def problems(root: Path) -> list[str]:
     changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     if not re.search(rf"^## \[{re.escape(version)}\]", changes, re.MULTILINE):
         found.append(f"expected a section ## [{version}] in CHANGELOG.md, got none")
-    for key in ("PublisherId", "DisplayName", "requires-comfyui"):
+    if not comfy.get("PublisherId"):
+        found.append(
+            "expected the PublisherId of your account at registry.comfy.org under [tool.comfy] in "
+            "pyproject.toml, got none"
+        )
+    for key in ("DisplayName", "requires-comfyui"):
         if not comfy.get(key):
             found.append(f"expected {key} under [tool.comfy] in pyproject.toml, got none")
-    for name in ("LICENSE", "NOTICE", "README.md"):
+    for key, name in PICTURES.items():
+        expected = f"{url.geturl()}/raw/main/docs/{name}"
+        if comfy.get(key) != expected:
+            got = comfy.get(key)
+            found.append(f"expected {key} {expected} in pyproject.toml, got {got!r}")
+    for name in ("LICENSE", "NOTICE", "README.md", *(f"docs/{name}" for name in PICTURES.values())):
         if not (root / name).is_file():
             found.append(f"expected a file {name}, got none")
     for entry in published_entries(root / "deltaconv" / "published.json"):

@@ -1,4 +1,4 @@
-"""The pack as a user gets it: the registry's archive in a ComfyUI, and a wheel.
+"""The pack as a user gets it: the registry's archive in a clean ComfyUI, and a wheel.
 
 Neither has development/ or tests/, and the Python that runs them has what ComfyUI and the pack
 require and nothing else.
@@ -6,6 +6,7 @@ require and nothing else.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from comfyui_deltaconv.deltaconv import read_weights
 from comfyui_deltaconv.development import ROOT
-from comfyui_deltaconv.development.comfyui.server import FOLDERS, running
+from comfyui_deltaconv.development.comfyui.server import FOLDERS, PACK, running
 from comfyui_deltaconv.development.comfyui.workflow import to_prompt
 from comfyui_deltaconv.development.lean import lean_python
 
@@ -54,45 +55,111 @@ def run(line, folder, **environment):
 
 
 @pytest.fixture(scope="module")
-def comfyui(comfyui_tree, tmp_path_factory):
-    """A ComfyUI's folder with the pack's archive unpacked in custom_nodes."""
+def archive(tmp_path_factory):
+    """The archive as comfy-cli packs it for the registry: what git tracks, less .comfyignore."""
+    path = tmp_path_factory.mktemp("archive") / "node.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in sorted(tracked() - tracked("-ci", "--exclude-from=.comfyignore")):
+            packed.write(ROOT / name, name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(comfyui_tree, archive, tmp_path_factory):
+    """A ComfyUI's folder with the archive unpacked in custom_nodes, and pip's list before that."""
     folder = tmp_path_factory.mktemp("comfyui")
     for entry in comfyui_tree.iterdir():
         if entry.name not in FOLDERS:
             (folder / entry.name).symlink_to(entry)
-    # As comfy-cli packs it for the registry: what git tracks, without what .comfyignore names.
-    archive = tracked() - tracked("-ci", "--exclude-from=.comfyignore")
-    pack = copied(archive, folder / "custom_nodes" / "deltaconv")
-    assert not ABSENT & {path.name for path in pack.iterdir()}
-    return folder
+    before = frozen()
+    pack = folder / "custom_nodes" / PACK
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(pack)
+    # What ComfyUI-Manager runs next; with --no-index pip fails where it would bring anything.
+    pip("install", "--no-index", "--disable-pip-version-check", "-r", pack / "requirements.txt")
+    return folder, before
+
+
+def pip(*arguments):
+    """What pip says that acts on the environment of the servers."""
+    line = [sys.executable, "-I", "-m", "pip", "--python", lean_python(), *arguments]
+    return run(line, ROOT.parent)
+
+
+def frozen():
+    return pip("freeze", "--all").splitlines()
+
+
+@pytest.fixture(scope="module")
+def comfyui(installed):
+    return installed[0]
+
+
+@pytest.fixture(scope="module")
+def served(comfyui, comfyui_tree):
+    """The server of that ComfyUI, in what it and the pack require."""
+    with running(comfyui_tree, base=comfyui, python=lean_python()) as server:
+        assert not (comfyui / "custom_nodes" / PACK).is_symlink()
+        yield server
 
 
 @pytest.fixture(scope="module")
 def command(comfyui):
     """Runs `python -m custom_nodes.FOLDER.cli …` in ComfyUI's folder → what it says."""
 
-    def run_command(*arguments, folder="deltaconv"):
+    def run_command(*arguments, folder=PACK):
         return run([lean_python(), "-m", f"custom_nodes.{folder}.cli", *arguments], comfyui)
 
     return run_command
 
 
-def test_all_nodes_have_help_and_the_demo_runs_to_its_end(comfyui, comfyui_tree):
-    pack = comfyui / "custom_nodes" / "deltaconv"
+def test_the_archive_is_small_and_holds_no_tests(archive):
+    assert archive.stat().st_size < 15_000_000
+    with zipfile.ZipFile(archive) as packed:
+        names = set(packed.namelist())
+    assert not ABSENT & {name.partition("/")[0] for name in names}
+    assert not {name for name in names if "golden" in name or name.startswith("tests")}
+    needed = {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "NOTICE", "README.md"}
+    assert names >= needed | {f"web/docs/{path.name}" for path in (ROOT / "web/docs").glob("*.md")}
+
+
+def test_the_node_list_is_whole_and_nothing_failed(served):
+    nodes = {name for name in served.object_info() if name.startswith("DeltaConv")}
+    assert nodes == {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    said = served.said()
+    # ComfyUI's own nodes may fail to load; ours appear in no traceback, and warn of nothing.
+    assert not re.search(rf"(?i)file .*custom_nodes.{PACK}", said)
+    assert not [line for line in said.splitlines() if "ΔConv" in line]
+
+
+def test_templates_help_and_languages_are_served(served):
+    workflows = sorted((ROOT / "workflows").glob("*.json"))
+    assert sorted(served.get("/workflow_templates")[PACK]) == [path.stem for path in workflows]
+    for path in workflows:
+        for ending in (".json", ".jpg"):
+            address = f"/api/workflow_templates/{PACK}/{path.stem}{ending}"
+            assert served.fetch(address) == path.with_suffix(ending).read_bytes()
+    for path in sorted((ROOT / "web").rglob("*.*")):
+        address = f"/extensions/{PACK}/{path.relative_to(ROOT / 'web').as_posix()}"
+        assert served.fetch(address) == path.read_bytes()
+    languages = served.get("/i18n")
+    for folder in (ROOT / "locales").iterdir():
+        texts = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+        assert texts.items() <= languages[folder.name]["nodeDefs"].items()
+    offered = {entry["name"] for entry in served.get("/global_subgraphs").values()}
+    assert offered >= {path.stem for path in (ROOT / "subgraphs").glob("*.json")}
+
+
+def test_the_demo_runs_to_its_end(comfyui, served):
+    pack = comfyui / "custom_nodes" / PACK
     workflow = json.loads((pack / "workflows" / "1_demo.json").read_text(encoding="utf-8"))
-    with running(comfyui_tree, base=comfyui, python=lean_python()) as server:
-        assert not pack.is_symlink()
-        info = server.object_info()
-        nodes = {name for name in info if name.startswith("DeltaConv")}
-        assert nodes == {path.stem for path in (pack / "web" / "docs").glob("*.md")}
-        assert nodes == {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
-        prompt = to_prompt(workflow, info)
-        for node in prompt.values():
-            if node["class_type"] == "KSampler":
-                node["inputs"]["steps"] = 1
-            if node["class_type"] == "EmptyChromaRadianceLatentImage":
-                node["inputs"] |= {"width": 16, "height": 16}
-        assert server.queue(prompt)["status"]["completed"]
+    prompt = to_prompt(workflow, served.object_info())
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 1
+        if node["class_type"] == "EmptyChromaRadianceLatentImage":
+            node["inputs"] |= {"width": 16, "height": 16}
+    assert served.queue(prompt)["status"]["completed"]
     assert list((comfyui / "output" / "deltaconv").glob("demo_*.png"))
 
 
@@ -106,6 +173,8 @@ def test_the_self_test_and_the_benchmark_run(command):
 def test_distill_finds_the_comfyui_that_it_lies_in(command, comfyui, tmp_path):
     stages = {"layers": {"steps": 2, "batch": 1}, "joint": {"steps": 0}}
     entries = {
+        "samples": 2,
+        "size": 16,
         "recipe": {"middle_block.1.transformer_blocks.0.attn1": 3},
         "settings": {"init": "random", **stages},
     }
@@ -114,9 +183,16 @@ def test_distill_finds_the_comfyui_that_it_lies_in(command, comfyui, tmp_path):
     # A name that no import statement could hold, of a link that leads elsewhere.
     shutil.copytree(comfyui / "custom_nodes" / "deltaconv", tmp_path / "pack")
     (comfyui / "custom_nodes" / "Delta-Conv").symlink_to(tmp_path / "pack")
-    assert "Weights:" in command("distill", "--config", config.name, folder="Delta-Conv")
+    said = command("distill", "--config", config.name, folder="Delta-Conv")
+    assert "2 samples of its own are drawn" in said and "Weights:" in said
     weights = read_weights(comfyui / "output" / "distill" / "deltaconv.safetensors")
     assert weights.training["steps"] == 2
+
+
+def test_no_package_came_went_or_changed(installed, served):
+    """After all that is above: the server's start, a prompt, the commands."""
+    _, before = installed
+    assert len(before) > 20 and frozen() == before
 
 
 def test_a_wheel_holds_the_command_and_the_data(tmp_path):

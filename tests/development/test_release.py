@@ -9,6 +9,7 @@ from comfyui_deltaconv.development import ROOT, DevelopmentError
 from comfyui_deltaconv.development.release import main, problems, tomllib
 
 FILES = ("pyproject.toml", "CHANGELOG.md", "LICENSE", "NOTICE", "README.md")
+PICTURES = ("docs/icon.png", "docs/banner.png")
 
 
 @pytest.fixture
@@ -16,11 +17,13 @@ def ready(tmp_path):
     """A copy of the repository's papers in which everything is ready."""
     for name in FILES:
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in PICTURES:
+        shutil.copy(ROOT / name, tmp_path / name)
     edit(tmp_path / "pyproject.toml", address(), "https://example.org/repository")
+    edit(tmp_path / "pyproject.toml", f'PublisherId = "{publisher()}"', 'PublisherId = "somebody"')
     (tmp_path / "deltaconv").mkdir()
     write_published(tmp_path, filled(json.loads(PUBLISHED.read_text(encoding="utf-8"))))
-    changes = tmp_path / "CHANGELOG.md"
-    changes.write_text(changes.read_text(encoding="utf-8") + "\n## [0.1.0]\n", encoding="utf-8")
     return tmp_path
 
 
@@ -34,10 +37,17 @@ def write_published(root, rows):
     (root / "deltaconv" / "published.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
+def settings():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def address():
     """The repository's, as pyproject.toml has it."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return settings["project"]["urls"]["Repository"]
+    return settings()["project"]["urls"]["Repository"]
+
+
+def publisher():
+    return settings()["tool"]["comfy"]["PublisherId"]
 
 
 def edit(path, old, new):
@@ -48,6 +58,37 @@ def edit(path, old, new):
 
 def test_a_ready_repository_passes(ready):
     assert problems(ready) == []
+
+
+def test_nothing_is_left_but_what_a_person_alone_can_do():
+    """The public address, the account at the registry, the files on the hub."""
+    theirs = ("public address", "PublisherId of your account", "run `python dev.py published`")
+    other = [reason for reason in problems(ROOT) if not any(words in reason for words in theirs)]
+    assert other == []
+
+
+def test_icon_and_banner_are_as_the_registry_takes_them():
+    from PIL import Image
+
+    sizes = {}
+    for name in PICTURES:
+        with Image.open(ROOT / name) as picture:
+            sizes[name] = picture.size
+    width, height = sizes["docs/icon.png"]
+    assert width == height <= 400
+    width, height = sizes["docs/banner.png"]
+    assert width * 9 == height * 21
+
+
+def test_the_version_stands_in_one_place():
+    version = settings()["project"]["version"]
+    assignments = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("cli", "deltaconv", "kernels", "nodes", "development")
+        for path in (ROOT / folder).rglob("*.py")
+        if f'"{version}"' in path.read_text(encoding="utf-8")
+    ]
+    assert assignments == []
 
 
 def test_the_command_says_what_still_keeps_the_repository_from_being_published(capsys):
@@ -65,7 +106,8 @@ def test_the_command_says_what_still_keeps_the_repository_from_being_published(c
     [
         ("pyproject.toml", "https://example.org", "http://example.org", "public address"),
         ("pyproject.toml", 'version = "0.1.0"', 'version = "0.1"', "such as 1.2.3"),
-        ("pyproject.toml", 'PublisherId = "deltaconv"', 'PublisherId = ""', "PublisherId"),
+        ("pyproject.toml", 'PublisherId = "somebody"', 'PublisherId = ""', "registry.comfy.org"),
+        ("pyproject.toml", "docs/icon.png", "docs/other.png", "expected Icon https://"),
         ("CHANGELOG.md", "## [0.1.0]", "", r"section ## \[0.1.0\]".replace("\\", "")),
     ],
 )

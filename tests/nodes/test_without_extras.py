@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 from comfyui_deltaconv.development import ROOT
-from comfyui_deltaconv.development.comfyui.tree import TORCH_PACKAGES, requirements
+from comfyui_deltaconv.development.comfyui.tree import (
+    NEWEST,
+    OLDEST,
+    TORCH_PACKAGES,
+    front_end_pin,
+    requirements,
+)
 from comfyui_deltaconv.development.lean import closure
 from comfyui_deltaconv.development.release import tomllib
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 SCRIPT = Path(__file__).parents[1] / "support" / "bare_nodes.py"
+FRONT_END = "comfyui-frontend-package"
 EXTRAS = {"matplotlib", "torchmetrics", "bitsandbytes"}
 
 
@@ -66,7 +74,13 @@ def test_what_the_templates_draw_with_is_installed_by_comfyui_manager():
     """Manager installs requirements.txt, a registry reads pyproject.toml: both name the same."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line and not line.startswith("#")] == project["dependencies"]
+    # The front end is ComfyUI's own; a registry reads its range here and does not install it.
+    (front_end,) = [one for one in project["dependencies"] if one.startswith(FRONT_END)]
+    stated = [line for line in lines if line and not line.startswith("#")]
+    assert [*stated, front_end] == project["dependencies"]
+    pins = [front_end_pin(release.tree) for release in (OLDEST, NEWEST)]
+    assert Requirement(front_end).specifier == SpecifierSet(f">={pins[0]}")
+    assert all(Requirement(front_end).specifier.contains(pin) for pin in pins)
     names = {Requirement(line).name for line in project["dependencies"]}
     assert "matplotlib" in names
     assert not names & {"torch", "torchvision", "numpy", "pillow", "triton"}
