@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..deltaconv import hub, read_weights
-from .host.folders import FOLDER, PUBLISHED, input_folders, models_folder
+from .host.folders import FOLDER, PUBLISHED, file_state, input_folders, models_folder
 from .host.node_text import show_on_node
 from .node import Node
 from .sockets import CATEGORY, DeltaConv
@@ -58,9 +58,8 @@ class DeltaConvDownload(Node):
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
         """Load again when the file was written again or removed."""
-        path = hub.placed_path(hub.find_entry(file, models_folder()), input_folders())
-        status = path and path.stat()
-        return f"{status.st_mtime_ns}:{status.st_size}" if status else ""
+        entry = hub.find_entry(file, models_folder())
+        return file_state(hub.placed_path(entry, input_folders()))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

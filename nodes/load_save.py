@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..deltaconv import read_weights, write_weights
-from .host.folders import FOLDER, PUBLISHED, find_file, offered_files, output_folder
+from .host.folders import FOLDER, PUBLISHED, file_state, find_file, offered_files, output_folder
 from .host.node_text import show_on_node
 from .node import Node
 from .sockets import CATEGORY, DeltaConv
@@ -51,8 +51,7 @@ class DeltaConvLoad(Node):
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
         """Load again when the file was written again."""
-        status = find_file(file).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
+        return file_state(find_file(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -7,6 +7,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..deltaconv.locality.settings import SENSITIVITIES, LocalityPlan, parse_percents, parse_points
+from ..deltaconv.whole_file import write_whole
 from .host.folders import output_folder
 from .node import Node
 from .sockets import CATEGORY, DeltaConv, Locality
@@ -192,10 +193,25 @@ class DeltaConvSaveLocality(Node):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, base
         )
-        names = []
-        for extension, text in (("json", report.to_json()), ("html", report_html(report))):
-            file = f"{name}_{counter:05}_.{extension}"
-            with Path(folder, file).open("x", encoding="utf-8") as opened:
-                opened.write(text)
-            names.append(os.path.join(subfolder, file))
+        data, page = report.to_json().encode(), report_html(report).encode()
+        while True:
+            json_file, html_file = (
+                Path(folder, f"{name}_{counter:05}_.{extension}") for extension in ("json", "html")
+            )
+            try:
+                write_whole(json_file, data, overwrite=False)
+            except FileExistsError:
+                # Another ComfyUI took the number meanwhile.
+                counter += 1
+                continue
+            try:
+                write_whole(html_file, page, overwrite=False)
+                break
+            except FileExistsError:
+                json_file.unlink()
+                counter += 1
+            except OSError:
+                json_file.unlink()
+                raise
+        names = [os.path.join(subfolder, file.name) for file in (json_file, html_file)]
         return io.NodeOutput(*names)

@@ -218,7 +218,7 @@ def plot(results: Sequence[SizeTimes], title: str):
 
     Raises ValueError where nothing was measured.
     """
-    from ..pictures.figure import BLUE, ORANGE, new_figure
+    from ..pictures.figure import BLUE, ORANGE, new_figure, plain
 
     if not any(result.times for result in results):
         raise ValueError("Nothing could be timed, so there is nothing to draw; the table says why.")
@@ -258,7 +258,7 @@ def plot(results: Sequence[SizeTimes], title: str):
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="pixels", ylabel="milliseconds per call")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(plain(title), fontsize=10)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     return figure

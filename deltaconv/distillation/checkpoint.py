@@ -8,7 +8,8 @@ detects a changed file.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,15 +17,19 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from ..weights.file import write_atomically
+from ..weights.file import LONGEST_RECORD, write_atomically
+from ..weights.header import open_tensors, read_header
+from ..whole_file import held, remove_unfinished
 from .settings import DistillationError, StageName
 from .validation import Count, Float, problems_of
 
 FORMAT = "2"
 _NAME = re.compile(r"state-(\d{8,})\.safetensors")
 _KEPT = 2
+# Held for as long as a run goes.
+_RUNNING = ".running"
 
 
 @validated(frozen=True)
@@ -85,8 +90,7 @@ def saved_seed(folder: Path) -> int | None:
     """The seed that the newest state of a folder was trained with; None where none says it."""
     for path in state_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                seed = json.loads((file.metadata() or {})["deltaconv.progress"])["settings"]["seed"]
+            seed = _record(read_header(path).metadata, "progress")["settings"]["seed"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             continue
         if isinstance(seed, int):
@@ -117,6 +121,20 @@ class Checkpoints:
                 "Allow resuming to go on with it, or choose another folder."
             )
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of the folder; DistillationError where one is in it."""
+        if self.folder is None:
+            yield
+            return
+        with held(self.folder, _RUNNING, wait=False) as free:
+            if not free:
+                raise DistillationError(
+                    f"Expected a folder that no other distillation is writing to, got "
+                    f"{self.folder}. Wait for it, or choose another folder."
+                )
+            yield
+
     def load(self, shapes: Mapping[str, tuple[int, ...]]) -> State | None:
         """The newest readable state; see `load_state`."""
         state = load_state(self.folder, self.identity, shapes) if self.folder else None
@@ -133,8 +151,11 @@ class Checkpoints:
 
 
 def save_state(folder: Path, state: State, identity: Mapping[str, object]) -> Path:
-    """Write the state whole, then remove all but it and the one before; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the state whole, then remove all but it and the one before; returns its path.
+
+    Raises WriteError where the disk is full or the folder may not be written to: what was there
+    stays.
+    """
     number = state.progress.number
     path = folder / f"state-{number:08d}.safetensors"
     metadata = {
@@ -144,14 +165,13 @@ def save_state(folder: Path, state: State, identity: Mapping[str, object]) -> Pa
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
     metadata["deltaconv.digest"] = _digest(tensors, metadata)
-    write_atomically(tensors, metadata, path, overwrite=True)
-    # States with a higher number are damaged: this run would have resumed from them.
-    earlier = [old for old in state_files(folder) if _number(old) <= number]
-    for old in earlier[_KEPT:]:
-        old.unlink(missing_ok=True)
-    # Temporary files of a killed run.
-    for part in folder.glob(".state-*.part"):
-        part.unlink(missing_ok=True)
+    with held(folder):
+        write_atomically(tensors, metadata, path, overwrite=True)
+        # States with a higher number are damaged: this run would have resumed from them.
+        earlier = [old for old in state_files(folder) if _number(old) <= number]
+        for old in earlier[_KEPT:]:
+            old.unlink(missing_ok=True)
+        remove_unfinished(folder, "state-")
     return path
 
 
@@ -167,10 +187,7 @@ def load_state(
     for path in state_files(folder):
         try:
             tensors, metadata = _read(path)
-            saved = json.loads(metadata["deltaconv.identity"])
-            plain = json.loads(metadata["deltaconv.progress"])
-            if not isinstance(saved, dict) or not isinstance(plain, dict):
-                raise ValueError("its record is no record")
+            saved, plain = _record(metadata, "identity"), _record(metadata, "progress")
         except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
             damaged.append(f"{path.name} ({error!s:.80})")
             continue
@@ -193,7 +210,9 @@ def load_state(
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt", device="cpu") as file:
+    # Refuses what is no file, and headers beyond what any file of ours has.
+    read_header(path)
+    with open_tensors(path) as file:
         metadata = file.metadata() or {}
         if metadata.get("deltaconv.state") != FORMAT:
             raise ValueError(f"not a state of format {FORMAT}")
@@ -201,6 +220,19 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if metadata.pop("deltaconv.digest", "") != _digest(tensors, metadata):
         raise ValueError("it was changed after it was saved")
     return tensors, metadata
+
+
+def _record(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """What a state says under that name; ValueError, KeyError or RecursionError where it is none.
+
+    SDXL's 70 sites take 8 000 characters.
+    """
+    text = metadata[f"deltaconv.{name}"]
+    if len(text) > LONGEST_RECORD:
+        raise ValueError(f"its {name} has more than {LONGEST_RECORD} characters")
+    if not isinstance(found := json.loads(text), dict):
+        raise ValueError(f"its {name} is no record")
+    return found
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

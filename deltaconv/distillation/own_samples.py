@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..weights.file import write_atomically
+from ..weights.header import read_header
+from ..whole_file import held, remove_unfinished
 from .data import Dataset, Trajectory
 from .settings import DistillationError
 from .teacher import Condition, Point, Teacher, sample
@@ -100,9 +102,9 @@ def own_samples(
                 lambda step, before=before: progress(before + step, total),
             )
             if cache is not None and file is not None:
-                cache.mkdir(parents=True, exist_ok=True)
-                _make_room(cache, key, max_bytes - sum(t.nbytes for t in tensors.values()))
-                write_atomically(tensors, {}, file, overwrite=True)
+                with held(cache):
+                    _make_room(cache, key, max_bytes - sum(t.nbytes for t in tensors.values()))
+                    write_atomically(tensors, {}, file, overwrite=True)
         else:
             found += len(rows)
             progress(before + steps, total)
@@ -160,8 +162,9 @@ def _cached(file: Path | None, shapes: dict):
     if file is None or not file.is_file():
         return None
     try:
+        read_header(file)
         tensors = load_file(file)
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, ValueError):
         return None
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
         return None
@@ -178,9 +181,7 @@ def _key(*what: object) -> str:
 
 def _make_room(cache: Path, key: str, max_bytes: int) -> None:
     """Remove other settings' samples, oldest first, until the rest fits into `max_bytes`."""
-    # Temporary files of a killed run.
-    for part in cache.glob(".samples-*.part"):
-        part.unlink(missing_ok=True)
+    remove_unfinished(cache, "samples-")
     files = sorted(cache.glob("samples-*.safetensors"), key=lambda path: path.stat().st_mtime)
     total = sum(path.stat().st_size for path in files) + _HEADER
     for path in files:

@@ -55,7 +55,8 @@ def distill(
     holds a state is resumed, or refused where `resume` is False. `progress` hears the share done of
     the initialization, and may raise to stop it. Closing the generator, as an interrupt does, saves
     first. Raises DistillationError at the call, before any data is drawn or anything is changed,
-    where the settings, the recipe or the folder's state do not fit.
+    where the settings, the recipe or the folder's state do not fit, and at the first record where
+    another run is writing to the folder.
     """
     plans = read_plan(recipe, teacher.dims)
     given = {site: block for site, block in (start or {}).items() if site in plans}
@@ -124,6 +125,10 @@ class _Run:
         return self.training.settings
 
     def records(self) -> Iterator[Record]:
+        with self.checkpoints.alone():
+            yield from self._records()
+
+    def _records(self) -> Iterator[Record]:
         training = self.training
         try:
             data = self.dataset() if callable(self.dataset) else self.dataset

@@ -27,8 +27,8 @@ def report_html(report: LocalityReport) -> str:
         figures = "".join(_figure(*entry) for entry in _figures(report))
     except PlotsUnavailable as error:
         figures = f"<p>{html.escape(str(error))}</p>"
-    # Escape "</", which would end the script element.
-    data = report.to_json().replace("</", "<\\/")
+    # "</script" would end the element, and "<!--<script" keep it from ending.
+    data = report.to_json().replace("<", "\\u003c")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>'
         f"\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"

@@ -6,7 +6,7 @@ import torch
 
 from ..families import family_title
 from ..flops import attention_flops
-from ..pictures.figure import BLUE, GRAY, ORANGE, new_figure
+from ..pictures.figure import BLUE, GRAY, ORANGE, new_figure, plain
 from .recipe import Recipe, cost_curve, recipe_computation, sensitivities
 from .report import LocalityReport, SiteLocality, site_label
 from .text import KINDS, verdict
@@ -24,7 +24,7 @@ def plot_model(report: LocalityReport):
     ratios = [4.2, 2.6, 2.6, 2.2] if sensitive else [4.2, 2.6, 2.2]
     axes = figure.subplots(1, len(ratios), sharey=True, width_ratios=ratios)
     figure.suptitle(
-        f"Where the self-attention of {family_title(report.family)} looks, layer by layer\n"
+        f"Where the self-attention of {plain(family_title(report.family))} looks, layer by layer\n"
         f"{verdict(report)}",
         fontsize=11,
         x=0.01,
@@ -36,7 +36,7 @@ def plot_model(report: LocalityReport):
     if sensitive:
         _sensitivity_panel(axes[2], sites)
     _kernel_panel(axes[-1], sites, report.share)
-    axes[0].set_yticks(rows, [f"{site_label(s.path)}   {s.width}×{s.height}" for s in sites])
+    axes[0].set_yticks(rows, [f"{plain(site_label(s.path))}   {s.width}×{s.height}" for s in sites])
     axes[0].set_ylim(len(sites) - 0.5, -0.5)
     axes[0].set_ylabel("layer and its map, in the order in which the network runs them")
     for axis in axes:
@@ -184,7 +184,7 @@ def _name_steps(axis, curve, computation: list[float], error: list[float]) -> No
     """Label each point with the layer it adds; points close to each other share a label."""
     names, highest = [], max(error) or 1.0
     for index, point in enumerate(curve[1:], start=1):
-        names.append(site_label(point.replaced[-1]))
+        names.append(plain(site_label(point.replaced[-1])))
         last = index + 1 == len(curve)
         if not last and abs(computation[index + 1] - computation[index]) < 3:
             if abs(error[index + 1] - error[index]) < 0.08 * highest:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from ..families import family_title
-from ..pictures.figure import BLUE, GRAY, GREEN, ORANGE, new_figure, picture
+from ..pictures.figure import BLUE, GRAY, GREEN, ORANGE, new_figure, picture, plain
 from .attention import uniform_offsets
 from .decomposition import decompose
 from .profile import ring_distances, ring_mass
@@ -47,7 +47,7 @@ def plot_profiles(report: LocalityReport):
         constant = fit.b * tokens
         if constant > 0:
             axis.axhline(constant, color=GREEN, linewidth=1, linestyle="--", label="its constant b")
-        axis.set_title(f"{name}   {sites[0].width}×{sites[0].height}", fontsize=10)
+        axis.set_title(f"{plain(name)}   {sites[0].width}×{sites[0].height}", fontsize=10)
         axis.text(
             0.97,
             0.95,
@@ -79,8 +79,8 @@ def plot_profiles(report: LocalityReport):
         axis.tick_params(labelbottom=True)
     figure.supylabel("attention on a key at that distance, times uniform's", fontsize=10)
     figure.suptitle(
-        f"How the self-attention of {family_title(report.family)} falls off with distance between "
-        "query and key, mean over queries, heads and sigmas",
+        f"How the self-attention of {plain(family_title(report.family))} falls off with distance "
+        "between query and key, mean over queries, heads and sigmas",
         fontsize=11,
     )
     return figure

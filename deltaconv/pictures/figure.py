@@ -33,6 +33,11 @@ def new_figure(width: float, height: float):
     return figure
 
 
+def plain(text: str) -> str:
+    """`text` for a figure that shows it as it is: between two $ matplotlib reads formulas."""
+    return text.replace("$", r"\$")
+
+
 def rendered(figure) -> Image.Image:
     """A figure of `new_figure` → RGB."""
     figure.canvas.draw()

@@ -17,7 +17,6 @@ other weights beside them, and no metadata.
 
 import json
 import os
-import uuid
 from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from ...kernels import GATES
 from ..families import FAMILIES, families_of
 from ..geometry import BlockGeometry, default_scales, read_geometry
 from ..start import EXPECTED, read_start, start_text
+from ..whole_file import write_whole
 from .header import Header, named, open_tensors, quoted, read_header, shortened
 from .keys import Blocks, network_order, own_keys, published_keys, refuse_published
 from .model import DeltaConvWeights, WeightsError, require_finite
@@ -37,7 +37,7 @@ from .model import DeltaConvWeights, WeightsError, require_finite
 FORMAT = "1"
 _DTYPES = {"F16", "BF16", "F32", "F64"}
 # In characters of the JSON of sites or training; SDXL's 70 sites take 8 000.
-_LONGEST_RECORD = 1 << 20
+LONGEST_RECORD = 1 << 20
 _LONGEST_NAME = 300
 # Three times what a block of eight scales has.
 _MOST_TENSORS_OF_A_BLOCK = 64
@@ -142,7 +142,8 @@ def write_weights(
     """Write `weights` in our own format, all or nothing; returns the path.
 
     Raises FileExistsError if the file exists and `overwrite` is False, WeightsError for a wrong
-    name or values that are not finite; no file is changed or left behind then.
+    name or values that are not finite, WriteError where the disk is full or the folder may not be
+    written to; no file is changed or left behind then.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -168,9 +169,9 @@ def write_weights(
     }
     if weights.start:
         metadata["deltaconv.start"] = start_text(weights.start)
-    if long := [key for key, text in metadata.items() if len(text) > _LONGEST_RECORD]:
+    if long := [key for key, text in metadata.items() if len(text) > LONGEST_RECORD]:
         raise WeightsError(
-            f"Expected at most {_LONGEST_RECORD} characters of metadata, got more in "
+            f"Expected at most {LONGEST_RECORD} characters of metadata, got more in "
             f"{', '.join(long)}, which could not be read again. Keep less of it."
         )
     write_atomically(tensors, metadata, path, overwrite)
@@ -273,8 +274,8 @@ def _are_scales(values: object, count: int) -> bool:
 
 def _json_object(metadata: Mapping[str, str], key: str, refuse) -> dict:
     text = metadata.get(key, "{}")
-    if len(text) > _LONGEST_RECORD:
-        raise refuse(f"at most {_LONGEST_RECORD} characters under {key}", text)
+    if len(text) > LONGEST_RECORD:
+        raise refuse(f"at most {LONGEST_RECORD} characters under {key}", text)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -291,33 +292,6 @@ def _example(shapes: Mapping[str, tuple]) -> str:
 def write_atomically(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path, overwrite: bool
 ) -> None:
-    """Write a temporary file in the same folder, fsync, rename: readers see all or nothing."""
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.part")
-    try:
-        # Written here because safetensors' own file is readable by its owner alone.
-        with open(temporary, "xb") as file:
-            file.write(save(dict(tensors), metadata=dict(metadata)))
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _rename_to_new(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _rename_to_new(temporary: Path, path: Path) -> None:
-    """Rename unless the name was taken meanwhile; a plain rename would overwrite on POSIX."""
-    if os.name == "nt":
-        os.rename(temporary, path)
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:
-        # File systems without hard links: the remaining race is a few microseconds long.
-        if path.exists():
-            raise FileExistsError(f"{path} exists already: choose another name.") from None
-        os.rename(temporary, path)
+    """Write a safetensors file whole or not at all; see `write_whole`."""
+    # Not by safetensors' save_file, whose file is readable by its owner alone.
+    write_whole(path, save(dict(tensors), metadata=dict(metadata)), overwrite=overwrite)

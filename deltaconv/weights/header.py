@@ -49,16 +49,19 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, within bounds; raises WeightsError for anything else."""
-    _check_bytes(path)
+    objects = _check_bytes(path)
     with open_tensors(path) as file:
-        keys = file.keys()
+        keys, metadata = file.keys(), file.metadata()
+        # The parser keeps one of several entries with the same key; other readers keep another.
+        if (different := len(keys) + 1 + (metadata is not None)) < objects:
+            raise _not_ours(path, f"{objects - different} keys of it stand there twice")
         if (longest := max(map(len, keys), default=0)) > LONGEST_KEY:
             raise _not_ours(path, f"a key of {longest} characters, at most {LONGEST_KEY} are read")
         slices = {key: file.get_slice(key) for key in keys}
         return Header(
             shapes={key: tuple(entry.get_shape()) for key, entry in slices.items()},
             dtypes={key: entry.get_dtype() for key, entry in slices.items()},
-            metadata=file.metadata() or {},
+            metadata=metadata or {},
         )
 
 
@@ -91,8 +94,11 @@ def quoted(value: object) -> str:
     return shortened(_repr.repr(value), 200)
 
 
-def _check_bytes(path: Path) -> None:
-    """Raise WeightsError unless `path` is a file that begins with a header within bounds."""
+def _check_bytes(path: Path) -> int:
+    """The number of JSON objects in the header of the file `path`.
+
+    Raises WeightsError unless it is a file that begins with a header within bounds.
+    """
     try:
         # Opening a pipe or a device may block, or never end.
         mode = os.stat(path).st_mode
@@ -107,7 +113,7 @@ def _check_bytes(path: Path) -> None:
             header = file.read(length)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
-    _check_counts(path, header)
+    return _check_counts(path, header)
 
 
 def _check_start(path: Path, start: bytes, length: int, size: int) -> None:
@@ -128,8 +134,8 @@ def _check_start(path: Path, start: bytes, length: int, size: int) -> None:
         raise _not_ours(path, f"a header of {length} bytes, at most {LARGEST_HEADER} are read")
 
 
-def _check_counts(path: Path, header: bytes) -> None:
-    """Raise WeightsError if the JSON text has more tensors, values or strings than the bounds."""
+def _check_counts(path: Path, header: bytes) -> int:
+    """The number of objects in the JSON text; WeightsError for more of anything than the bounds."""
     # Without escapes, every quote begins or ends a string.
     bare = header.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in header else header
     # Per tensor: its key, three names of fields, the dtype. Per entry of metadata: key and value.
@@ -149,6 +155,7 @@ def _check_counts(path: Path, header: bytes) -> None:
             f"more than the {MOST_TENSORS} tensors and {MOST_METADATA} entries of metadata that "
             "are read",
         )
+    return tensors
 
 
 def _not_ours(path: Path, reason: str) -> WeightsError:

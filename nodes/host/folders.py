@@ -61,6 +61,17 @@ def offered_files() -> list[str]:
     return list_files() or [NO_FILE]
 
 
+def file_state(path: Path | None) -> str:
+    """What is another text when the file was written again or replaced; "" where there is none.
+
+    Its number is part of it: a copy may have the size and the time of the file it replaces.
+    """
+    if path is None:
+        return ""
+    status = path.stat()
+    return f"{status.st_ino}:{status.st_mtime_ns}:{status.st_size}"
+
+
 def find_file(name: str) -> Path:
     """The path of a listed file; raises FileNotFoundError that says where files belong."""
     if name != NO_FILE and (path := folder_paths.get_full_path(FOLDER, name)):

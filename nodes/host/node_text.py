@@ -2,15 +2,21 @@
 
 from comfy_execution.utils import get_executing_context
 
+# The page takes the text for HTML or Markdown, by the renderer; older pages run scripts in it.
+_AS_TEXT = str.maketrans({each: f"&#{ord(each)};" for each in "&<>[]*_`~\\"})
+
 
 def show_on_node(text: str) -> None:
-    """Replace the running node's text; does nothing without a server."""
+    """Replace the running node's text; does nothing without a server.
+
+    Names and prompts in it come from strangers: nothing in it acts as markup.
+    """
     if (context := get_executing_context()) is None:
         return
     # Import here: without a server the module is missing.
     from server import PromptServer
 
-    PromptServer.instance.send_progress_text(text, context.node_id)
+    PromptServer.instance.send_progress_text(text.translate(_AS_TEXT), context.node_id)
 
 
 def show_error(error: BaseException, where: str = "") -> None:

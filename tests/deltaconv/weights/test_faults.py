@@ -18,7 +18,25 @@ from comfyui_deltaconv.deltaconv import (
     write_weights,
 )
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+from comfyui_deltaconv.deltaconv.whole_file import WriteError
+from faults import POSIX, contents, full_disk, open_folder, read_only
 
+# Saves so many files of numbers that nobody took.
+NUMBERING = """
+import sys
+from pathlib import Path
+from comfyui_deltaconv.deltaconv import read_weights, write_weights
+source, folder, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+weights = read_weights(source)
+print("saving", flush=True)
+number = 1
+while count:
+    try:
+        write_weights(weights, folder / f"both_{number:05}_.safetensors")
+        count -= 1
+    except FileExistsError:
+        number += 1
+"""
 # Saves over one file, again and again, until it is killed.
 SAVING = """
 import sys
@@ -32,7 +50,7 @@ while True:
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+@POSIX
 @pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.long)])
 def test_a_save_that_is_killed_leaves_the_file_before_it_or_the_one_after(tmp_path, kills):
     target, moments = tmp_path / "blocks.safetensors", random.Random(0)
@@ -90,7 +108,7 @@ def test_a_clock_that_was_set_back_changes_nothing(loaded):
     assert len(read_weights(path).sites) == 10
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@POSIX
 def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
     outside, folder = tmp_path / "outside.safetensors", tmp_path / "folder"
     outside.write_bytes(b"somebody else's")
@@ -101,3 +119,44 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
     weights = weights_of_blocks({"a.attn1": DeltaConvBlock(8, 3)})
     write_weights(weights, link, overwrite=True)
     assert outside.read_bytes() == b"somebody else's" and not link.is_symlink()
+
+
+@POSIX
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_is_said_and_leaves_the_file_before_it(loaded, overwrite):
+    path, weights = loaded
+    before = contents(path.parent)
+    target = path if overwrite else path.with_name("new.safetensors")
+    with full_disk(room=100_000), pytest.raises(WriteError) as full:
+        write_weights(weights, target, overwrite=overwrite)
+    assert f"Cannot write {target.name}: expected 0.68 MB of room" in str(full.value)
+    assert "Nothing there was changed: make room" in str(full.value)
+    assert contents(path.parent) == before
+
+
+@POSIX
+def test_a_folder_that_may_not_be_written_to_is_said():
+    weights = read_weights(demo.DELTACONV_PATH)
+    with open_folder() as folder:
+        path = write_weights(weights, folder / "blocks.safetensors")
+        path.chmod(0o444)
+        before = contents(folder)
+        with read_only(folder):
+            for overwrite in (False, True):
+                target = path if overwrite else folder / "new.safetensors"
+                with pytest.raises(WriteError, match=r"got Permission denied in .*allow writing"):
+                    write_weights(weights, target, overwrite=overwrite)
+        assert contents(folder) == before
+
+
+def test_processes_that_save_into_one_folder_take_numbers_of_their_own(tmp_path):
+    line = [sys.executable, "-I", "-c", NUMBERING, demo.DELTACONV_PATH, tmp_path, "8"]
+    children = [
+        subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [child.communicate(timeout=60)[0] for child in children]
+    assert said == ["saving\n"] * 2 and not any(child.returncode for child in children)
+    names = [f"both_{number:05}_.safetensors" for number in range(1, 17)]
+    assert sorted(contents(tmp_path)) == names
+    whole = {len(read_weights(tmp_path / name, finite=True).sites) for name in names}
+    assert whole == {10}
