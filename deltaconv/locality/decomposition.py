@@ -13,6 +13,8 @@ LEAST_R2 = 0.25
 # map: what has not halved within a quarter of the map is not local.
 _NARROWEST = 0.03
 _WIDEST = 0.25
+# How pydantic reads a report's parts: a number is no text, and finite.
+STRICT = {"strict": True, "allow_inf_nan": False}
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Decomposition:
     `local_share` and `constant_share` are the mass of the two parts, `r2` is how much of the
     profile's variance over query–key pairs the curve explains.
     """
+
+    __pydantic_config__ = STRICT
 
     a: float
     b: float

@@ -51,7 +51,7 @@ class Recipe:
         for path, block in self.blocks.items():
             what = "keep"
             if block:
-                scales = ",".join(str(Fraction(s).limit_denominator(64)) for s in block.scales)
+                scales = ",".join(map(_scale_text, block.scales))
                 what = f"replace kernel={block.kernel} scales={scales}"
             note = self.notes.get(path)
             lines.append(f"{path}: {what}" + (f"  # {note}" if note else ""))
@@ -245,6 +245,12 @@ def _block(number: int, text: str) -> BlockPlan | None:
         if len(set(scales)) < len(scales):
             raise _refuse(number, "scales that differ", values["scales"])
     return BlockPlan(int(kernel), scales)
+
+
+def _scale_text(scale: float) -> str:
+    """What `_scale` reads as the same number: a fraction where it is one of short numbers."""
+    fraction = Fraction(scale).limit_denominator(9999)
+    return str(fraction) if float(fraction) == scale else f"{scale:.9f}".rstrip("0")
 
 
 def _scale(number: int, text: str) -> float:

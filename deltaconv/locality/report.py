@@ -5,14 +5,14 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TypedDict
 
 import torch
+from typing_extensions import TypedDict
 
 from .attention import AttentionStatistics, uniform_offsets
-from .decomposition import LEAST_R2, Decomposition, decompose, receptive_field
+from .decomposition import LEAST_R2, STRICT, Decomposition, decompose, receptive_field
 from .grid import GridMaps
 from .profile import content, mean_distance, ring_distances, ring_mass, window_mass, window_widths
 
@@ -39,6 +39,8 @@ class Measurement:
     query was counted.
     """
 
+    __pydantic_config__ = STRICT
+
     sigma: float
     mass: list[list[float]]
     distance: list[float]
@@ -52,6 +54,8 @@ class Measurement:
 @dataclass(frozen=True)
 class Sensitivity:
     """Cost of replacing one site alone: squared error of ε̂ over its mean square, per sigma."""
+
+    __pydantic_config__ = STRICT
 
     window: int | None = None
     window_error: list[float] | None = None
@@ -67,6 +71,8 @@ class Sensitivity:
 @dataclass
 class SiteLocality:
     """One site: path, level, channels C, size of its map, and a measurement per sigma."""
+
+    __pydantic_config__ = STRICT
 
     path: str
     level: int
@@ -205,34 +211,6 @@ class LocalityReport:
         }
         return json.dumps(document, allow_nan=False)
 
-    @classmethod
-    def from_json(cls, text: str) -> "LocalityReport":
-        """The report that `to_json` wrote; ValueError for anything else."""
-        try:
-            document = json.loads(text)
-            if document["format"] != FORMAT:
-                raise ValueError(f"its format is {document['format']!r}")
-            sites = {path: _site(entry) for path, entry in document["sites"].items()}
-            maps = {path: _decode(entry) for path, entry in document["maps"].items()}
-            return cls(
-                document["family"],
-                tuple(document["latent"]),
-                document["sigmas"],
-                document["percents"],
-                sites,
-                document["share"],
-                document["sampled_queries"],
-                [tuple(point) for point in document["points"]],
-                maps,
-                left_out=document["left_out"],
-                source=document["source"],
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"Expected a locality report of format {FORMAT} in JSON, got something else "
-                f"({type(error).__name__}: {error}). Measure again and save it anew."
-            ) from error
-
 
 def measure_site(
     statistics_: Sequence[AttentionStatistics], sigma: float, *, fit: bool = True
@@ -283,23 +261,6 @@ def _errors(first: AttentionStatistics, offsets, entropy) -> StandardErrors | No
     return {"mass": mass.tolist(), "distance": float(distance), "entropy": float(nats)}
 
 
-def _site(entry: Mapping) -> SiteLocality:
-    measurements = [
-        Measurement(**m | {"fits": [Decomposition(**fit) for fit in m["fits"]]})
-        for m in entry["measurements"]
-    ]
-    return SiteLocality(
-        **{name: entry[name] for name in ("path", "level", "dim", "height", "width")},
-        measurements=measurements,
-        sensitivity=Sensitivity(**entry["sensitivity"]),
-    )
-
-
 def _encode(maps: torch.Tensor) -> dict[str, object]:
     data = maps.half().contiguous().numpy().astype("<f2").tobytes()
     return {"shape": list(maps.shape), "float16": base64.b64encode(data).decode("ascii")}
-
-
-def _decode(entry: Mapping) -> torch.Tensor:
-    data = bytearray(base64.b64decode(entry["float16"], validate=True))
-    return torch.frombuffer(data, dtype=torch.float16).view(entry["shape"])

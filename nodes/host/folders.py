@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -53,7 +54,13 @@ def output_folder() -> str:
 
 def list_files() -> list[str]:
     """Names of all ΔConv files in the registered folders, without states and samples."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if not _KEPT.fullmatch(name)]
+    try:
+        names = folder_paths.get_filename_list(FOLDER)
+    except FileNotFoundError:
+        # A folder was removed meanwhile, and ComfyUI's list still asks when it was changed.
+        folder_paths.filename_list_cache.pop(FOLDER, None)
+        names = folder_paths.get_filename_list(FOLDER)
+    return [name for name in names if not _KEPT.fullmatch(name)]
 
 
 def offered_files() -> list[str]:
@@ -74,10 +81,13 @@ def file_state(path: Path | None) -> str:
 
 def find_file(name: str) -> Path:
     """The path of a listed file; raises FileNotFoundError that says where files belong."""
-    if name != NO_FILE and (path := folder_paths.get_full_path(FOLDER, name)):
-        return Path(path)
+    # A workflow may hold anything in place of a name, also what no system takes for one.
+    if isinstance(name, str) and name != NO_FILE:
+        with suppress(ValueError):
+            if path := folder_paths.get_full_path(FOLDER, name):
+                return Path(path)
     folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
-    got = "no choice of one" if name in ("", NO_FILE) else f"{name!r}, which is not there"
+    got = "no choice of one" if name in ("", NO_FILE) else f"{name!r:.200}, which is not there"
     raise FileNotFoundError(
         f"Expected a ΔConv file in {folders}, got {got}. Put the .safetensors file there, press R "
         "to refresh the page's lists, and choose it. Published ones are on Hugging Face, in "

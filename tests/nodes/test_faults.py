@@ -84,3 +84,25 @@ def test_a_folder_that_leads_out_takes_no_distillation(folders, output):
         with pytest.raises(ValueError, match=r"Expected a folder name below .* Leave out \.\."):
             state_folder(name)
     assert not list(outside.iterdir())
+
+
+def test_a_folder_that_is_removed_is_listed_no_more(output):
+    """ComfyUI's own list fails there, and with it the page's list of all nodes."""
+    from comfyui_deltaconv.nodes.host.folders import NO_FILE, offered_files
+
+    output.mkdir(parents=True)
+    shutil.copyfile(demo.DELTACONV_PATH, output / "blocks.safetensors")
+    assert offered_files() == ["blocks.safetensors"]
+    shutil.rmtree(output)
+    assert offered_files() == [NO_FILE]
+
+
+@pytest.mark.parametrize("name", [5, None, 1.5, True, {"a": 1}, "a\0b", "\ud800", "x" * 5000])
+def test_what_is_no_name_is_refused_as_one_that_is_not_there(name):
+    from comfyui_deltaconv.nodes.host.folders import find_file
+
+    with pytest.raises(
+        FileNotFoundError, match=r"which is not there\. Put the \.safetensors"
+    ) as no:
+        find_file(name)
+    assert len(str(no.value)) < 1000

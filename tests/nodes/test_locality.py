@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import demo, read_weights
-from comfyui_deltaconv.deltaconv.locality.report import LocalityReport
+from comfyui_deltaconv.deltaconv.locality.document import read_report
 from comfyui_deltaconv.deltaconv.locality.settings import LocalityPlan
 from comfyui_deltaconv.deltaconv.locality.text import report_text
 from safetensors.torch import load_file
@@ -188,7 +188,7 @@ def test_a_window_that_holds_the_map_costs_nothing_and_blocks_cost_what_they_cos
     assert table.count("\n") > 14 and "block error" in table
     assert [picture.shape[0] for picture in pictures] == [1, 1, 2]
     assert all(0.5 < float(picture.mean()) < 1 for picture in pictures)
-    again = LocalityReport.from_json(report.to_json())
+    again = read_report(report.to_json())
     assert report_text(again) == table
     assert torch.equal(
         again.maps["middle_block.1.transformer_blocks.0.attn1"],
@@ -331,7 +331,7 @@ def test_saves_json_and_one_page_that_needs_nothing_else(
     page = Page()
     page.feed((tmp_path / "deltaconv" / first[1]).read_text(encoding="utf-8"))
     assert len(page.sources) == 3 and all(re.match("data:image/png", s) for s in page.sources)
-    assert LocalityReport.from_json(page.data).to_json() == report.to_json()
+    assert read_report(page.data).to_json() == report.to_json()
 
 
 def test_without_matplotlib_the_table_works_and_pictures_say_how_to_get_it(

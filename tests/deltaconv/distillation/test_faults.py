@@ -24,22 +24,32 @@ from faults import POSIX, contents, full_disk, open_folder, read_only
 
 IDENTITY = {"base": "toy-0", "recipe": {}}
 
-# Saves one state after another until it is killed, or so many.
+# Saves so many states, once or in a copy of itself for each line that tells the first number.
 SAVING = """
-import sys
+import os, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
 from comfyui_deltaconv.deltaconv.distillation.checkpoint import State, load_state, save_state
-folder, source, first, step, count = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
+folder, source, numbers = Path(sys.argv[1]), Path(sys.argv[2]), list(map(int, sys.argv[3:]))
 identity = {"base": "toy-0", "recipe": {}}
 shapes = {"first.a": (200, 300)}
 state = load_state(source, identity, shapes)
+
+def save(first, step, count):
+    for number in range(first, first + step * count, step):
+        tensors = {**state.tensors, "history": torch.zeros(number, dtype=torch.float64)}
+        progress = replace(state.progress, number=number)
+        save_state(folder, State(tensors, progress), identity)
+
 print("saving", flush=True)
-for number in range(first, first + step * count, step):
-    tensors = {**state.tensors, "history": torch.zeros(number, dtype=torch.float64)}
-    progress = replace(state.progress, number=number)
-    save_state(folder, State(tensors, progress), identity)
+if numbers:
+    save(*numbers)
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        save(int(line), 1, 10**6)
+    print(child, flush=True)
+    os.waitpid(child, 0)
 """
 SHAPES = {"first.a": (200, 300)}
 
@@ -77,24 +87,32 @@ def saved(tmp_path):
 def saving(*arguments):
     """A process that saves states, once it has begun."""
     line = [sys.executable, "-I", "-c", SAVING, *map(str, arguments)]
-    child = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
     assert child.stdout.readline() == "saving\n"
     return child
 
 
 @POSIX
-@pytest.mark.parametrize("kills", [1, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.long)])
 def test_a_save_that_is_killed_leaves_a_state_to_go_on_from(saved, tmp_path, kills):
     source, moments, reached = tmp_path / "source", random.Random(0), 2
     shutil.copytree(saved, source)
-    for _ in range(kills):
-        with saving(saved, source, reached + 1, 1, 10**6) as child:
-            time.sleep(moments.uniform(0.01, 0.2))
-            child.send_signal(signal.SIGKILL)
-        assert load(saved).progress.number >= reached
-        reached = saved_steps(saved)
-        # Two states, and at most the one that was being written.
-        assert len(contents(saved)) <= 4
+    with saving(saved, source) as parent:
+        for _ in range(kills):
+            parent.stdin.write(f"{reached + 1}\n")
+            parent.stdin.flush()
+            child = int(parent.stdout.readline())
+            while saved_steps(saved) == reached:
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+            found = load(saved).progress.number
+            assert found > reached
+            reached = found
+            # Two states, those that were being removed, and the one that was being written.
+            assert len(contents(saved)) <= 4
+        parent.stdin.close()
     save_state(saved, state(reached + 1), IDENTITY)
     assert all(not name.endswith(".part") for name in contents(saved))
 
@@ -184,9 +202,9 @@ def test_processes_that_save_into_one_folder_lose_nothing(saved, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(saved, source)
     children = [saving(saved, source, first, 2, 40) for first in (3, 4)]
-    assert [child.wait(timeout=60) for child in children] == [0, 0]
     for child in children:
-        child.stdout.close()
+        child.communicate(timeout=60)
+    assert [child.returncode for child in children] == [0, 0]
     assert load(saved).progress.number == 82
     assert len(contents(saved)) == 2
 

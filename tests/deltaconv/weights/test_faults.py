@@ -21,14 +21,20 @@ from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 from comfyui_deltaconv.deltaconv.whole_file import WriteError
 from faults import POSIX, contents, full_disk, open_folder, read_only
 
-# Saves so many files of numbers that nobody took.
+# Saves so many files of numbers that nobody took, all of one value.
 NUMBERING = """
 import sys
 from pathlib import Path
-from comfyui_deltaconv.deltaconv import read_weights, write_weights
-source, folder, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-weights = read_weights(source)
+import torch
+from comfyui_deltaconv.deltaconv import DeltaConvBlock, write_weights
+from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+folder, count, value = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+block = DeltaConvBlock(4, 3)
+for parameter in block.parameters():
+    torch.nn.init.constant_(parameter, value)
+weights = weights_of_blocks({"a.attn1": block})
 print("saving", flush=True)
+sys.stdin.readline()
 number = 1
 while count:
     try:
@@ -150,13 +156,22 @@ def test_a_folder_that_may_not_be_written_to_is_said():
 
 
 def test_processes_that_save_into_one_folder_take_numbers_of_their_own(tmp_path):
-    line = [sys.executable, "-I", "-c", NUMBERING, demo.DELTACONV_PATH, tmp_path, "8"]
-    children = [
-        subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    said = [child.communicate(timeout=60)[0] for child in children]
-    assert said == ["saving\n"] * 2 and not any(child.returncode for child in children)
-    names = [f"both_{number:05}_.safetensors" for number in range(1, 17)]
+    each = 150
+    children = []
+    for value in (1, 2):
+        line = [sys.executable, "-I", "-c", NUMBERING, str(tmp_path), str(each), str(value)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        children.append(subprocess.Popen(line, **pipes))
+    assert [child.stdout.readline() for child in children] == ["saving\n"] * 2
+    for child in children:
+        child.stdin.write("now\n")
+        child.stdin.flush()
+    for child in children:
+        child.communicate(timeout=60)
+    assert not any(child.returncode for child in children)
+    names = [f"both_{number:05}_.safetensors" for number in range(1, 2 * each + 1)]
     assert sorted(contents(tmp_path)) == names
-    whole = {len(read_weights(tmp_path / name, finite=True).sites) for name in names}
-    assert whole == {10}
+    values = [
+        float(read_weights(tmp_path / name).block("a.attn1").conv_up.weight[0, 0]) for name in names
+    ]
+    assert values.count(1) == values.count(2) == each
