@@ -12,6 +12,8 @@ _GAP = 16
 _INK, _FAINT, _PAPER, _EDGE = "#1b1b1f", "#6a6a73", "#ffffff", "#d9d9e0"
 _SMALLEST_TEXT = 14
 _MOST_LINES = 3
+# In characters; a longer name would make the page wider.
+_LONGEST_TEXT = 300
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -35,6 +37,7 @@ def sheet(
     width = max(picture.width for row in tiles for picture in row)
     size = size or max(_SMALLEST_TEXT, width // 18)
     small, large = font(size), font(round(1.35 * size))
+    names = [_shown(name) for name in names]
     columns = [_wrapped(title, small, width) for title in columns]
     captions = [[_wrapped(caption, small, width) for caption in row] for row in captions]
     left = _GAP
@@ -75,6 +78,7 @@ def stacked(
     parts: Sequence[Image.Image], title: str = "", footer: str = "", size: int = 18
 ) -> Image.Image:
     """Pictures below each other on white, between two lines of text of that size."""
+    title, footer = _shown(title), _shown(footer)
     texts = ((title, _INK, font(round(1.35 * size))), (footer, _FAINT, font(size)))
     width = max(
         *(part.width for part in parts),
@@ -116,7 +120,15 @@ def _enlarged(picture: Image.Image, tile: int) -> Image.Image:
 def _wrapped(text: str, face: Font, width: int) -> str:
     """`text` in lines of about `width` pixels, the last one cut where there are too many."""
     letters = max(8, int(width / face.getlength("e")))
-    return "\n".join(textwrap.wrap(text, letters, max_lines=_MOST_LINES, placeholder=" …"))
+    lines = textwrap.wrap(_shown(text), letters, max_lines=_MOST_LINES, placeholder=" …")
+    return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    """`text` as it can be drawn: prompts and labels may hold what no font draws, at any length."""
+    if len(text) > _LONGEST_TEXT:
+        text = text[:_LONGEST_TEXT] + " …"
+    return "".join(each if each.isprintable() or each == "\n" else " " for each in text)
 
 
 def _height(texts: Sequence[str], size: int) -> int:

@@ -45,3 +45,13 @@ def test_parts_stand_below_each_other_between_title_and_footer():
     page = stacked([picture(60, (40, 30)), picture(90, (50, 20))], "a title", "a footer")
     (_, upper, *_), (_, lower, *_) = boxes(page, 60), boxes(page, 90)
     assert upper > 18 and lower == upper + 30 and page.height > lower + 20 + 18
+
+
+@pytest.mark.parametrize(
+    "text", ["a\x85b", "\0", "\x1b[31m", "\ud800", "\u202e\u2028", "x" * 20_000, "\ufffd" * 400]
+)
+def test_what_no_font_draws_is_left_out_and_long_names_are_cut(text):
+    for room in ({"columns": [text]}, {"names": [text]}, {"captions": [[text]]}):
+        page = sheet([[picture(60)]], tile=60, **room)
+        assert boxes(page, 60)[2:] == (64, 64) and page.width < 8000
+    assert boxes(stacked([picture(60)], text, text), 60)[2:] == (8, 8)
