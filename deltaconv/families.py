@@ -125,11 +125,17 @@ def _unet(
     return dims
 
 
-def _cosmos(depth: int, dim: int) -> dict[str, int]:
-    """Site path → dim of a MiniTrainDIT."""
-    return {f"blocks.{k}.self_attn": dim for k in range(depth)}
+def _per_block(path: str, depth: int, dim: int) -> dict[str, int]:
+    """Site path → dim of a transformer with one site per block; `path` has {} for its number."""
+    return {path.format(k): dim for k in range(depth)}
 
 
+def _own(name: str, title: str, native: int, path: str, depth: int, dim: int) -> Family:
+    """A family for which nobody publishes blocks; the gate is that of the best ones for UNets."""
+    return Family(name, title, "scaled", native, _per_block(path, depth, dim))
+
+
+_SELF, _VISUAL = "blocks.{}.self_attn", "visual_transformer_blocks.{}.self_attention"
 _SD_DIMS = _unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, (1, 1, 1, 0))
 
 FAMILIES = {
@@ -169,15 +175,21 @@ FAMILIES = {
             "PixArt-α/Σ",
             "sigmoid",
             128,
-            {f"blocks.{k}.attn": 1152 for k in range(28)},
+            _per_block("blocks.{}.attn", 28, 1152),
             (),
             {"blocks": (13,)},
             "PixArt-Σ, 512 or 1024",
         ),
-        # Nobody publishes blocks for these; the gate is that of the best ones for UNets.
-        Family("cosmos-predict2", "Cosmos-Predict2 2B", "scaled", 128, _cosmos(28, 2048)),
-        Family("cosmos-predict2-14b", "Cosmos-Predict2 14B", "scaled", 128, _cosmos(36, 5120)),
-        Family("anima", "Anima", "scaled", 128, _cosmos(28, 2048)),
+        _own("cosmos-predict2", "Cosmos-Predict2 2B", 128, _SELF, 28, 2048),
+        _own("cosmos-predict2-14b", "Cosmos-Predict2 14B", 128, _SELF, 36, 5120),
+        _own("anima", "Anima", 128, _SELF, 28, 2048),
+        _own("hunyuandit", "HunyuanDiT", 128, "blocks.{}.attn1", 40, 1408),
+        _own("wan-1.3b", "Wan 2.1 1.3B", 64, _SELF, 30, 1536),
+        _own("wan-14b", "Wan 2.1 and 2.2 14B", 128, _SELF, 40, 5120),
+        _own("wan2.2-5b", "Wan 2.2 5B", 64, _SELF, 30, 3072),
+        _own("kandinsky5-image", "Kandinsky 5 Image", 128, _VISUAL, 50, 2560),
+        _own("ltxv-2b", "LTX-Video 2B", 24, "transformer_blocks.{}.attn1", 28, 2048),
+        _own("ltxv-13b", "LTX-Video 13B", 32, "transformer_blocks.{}.attn1", 48, 4096),
     )
 }
 

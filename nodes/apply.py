@@ -33,8 +33,8 @@ class DeltaConvApply(Node):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="SD1.x, SD2.x, SDXL, PixArt, Anima or Cosmos-Predict2; it is not "
-                    "changed, a patched one comes out.",
+                    tooltip="SD1.x, SD2.x, SDXL, PixArt, Anima, Cosmos-Predict2, HunyuanDiT, Wan, "
+                    "Kandinsky 5 or LTX-Video; it is not changed, a patched one comes out.",
                 ),
                 DeltaConv.Input(
                     "deltaconv",

@@ -25,7 +25,7 @@ from einops import rearrange, repeat
 
 from ...kernels import gated_pyramid
 from ..block import DeltaConvBlock
-from ..locality.attention import QKVMaps
+from ..locality.attention import ValueMap
 from .least_squares import Sums, fit, leading_directions, without
 from .offsets import OffsetMeans
 from .settings import DistillationError
@@ -49,20 +49,22 @@ _Candidate = tuple[float, torch.Tensor, int | None]
 def initialize(
     blocks: Mapping[str, DeltaConvBlock],
     replay: Replay,
-    projections: Callable[[str], QKVMaps | None],
+    value_map: Callable[[str], ValueMap | None],
     generator: torch.Generator,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
     """Set every block (site → block, on the CPU) from the teacher; site → held-out relative error.
 
-    `projections(site)` returns the layer's query, key and value maps, or None where its attention
-    is not over the map itself. `progress` hears the share done. The error is measured on the other
+    `value_map(site)` returns the layer's value map, or None where its attention is not over the map
+    itself. `progress` hears the share done. The error is measured on the other
     half of the draws, each with its own noise; one image may be in both halves. It is at most 1,
     that of a block that returns zero. Raises DistillationError, before any block is changed, where
     the activations are not finite.
     """
-    maps = {site: projections(site) for site in blocks}
+    maps = {site: value_map(site) for site in blocks}
     offsets = _mean_offsets(maps, replay, generator)
+    # A layer whose q and k nobody can see has no mean attention.
+    maps = {site: values if site in offsets else None for site, values in maps.items()}
     progress(0.05)
     sums = _direction_sums(blocks, maps, offsets, replay)
     for site, found in sums.items():
@@ -156,21 +158,24 @@ def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums], from_zero: bo
 
 
 def _mean_offsets(
-    maps: Mapping[str, QKVMaps | None], replay: Replay, generator: torch.Generator
+    maps: Mapping[str, ValueMap | None], replay: Replay, generator: torch.Generator
 ) -> dict[str, OffsetMeans]:
     offsets: dict[str, OffsetMeans] = {}
 
     def visit(site, x, attend):
-        projections = maps.get(site)
-        if projections is not None:
-            height, width = x.shape[1:3]
-            means = offsets.setdefault(site, OffsetMeans(projections.heads, height, width))
-            for image in x:
-                if (height, width) == means.size:
-                    count = min(_QUERIES, height * width)
+        if (values := maps.get(site)) is None:
+            return attend()
+        height, width = x.shape[1:3]
+        count = min(_QUERIES, height * width)
+
+        def look(q, k, scale):
+            means = offsets.setdefault(site, OffsetMeans(values.heads, height, width))
+            if (height, width) == means.size:
+                for image in zip(q, k, strict=True):
                     queries = torch.randperm(height * width, generator=generator)[:count]
-                    means.add(image, projections, queries)
-        return attend()
+                    means.add(*image, queries, scale)
+
+        return attend(look)
 
     replay(visit, _CHANNELS, first_batch_only=True)
     return offsets
@@ -178,7 +183,7 @@ def _mean_offsets(
 
 def _direction_sums(
     blocks: Mapping[str, DeltaConvBlock],
-    maps: Mapping[str, QKVMaps | None],
+    maps: Mapping[str, ValueMap | None],
     offsets: Mapping[str, OffsetMeans],
     replay: Replay,
 ) -> dict[str, Sums]:
@@ -186,11 +191,11 @@ def _direction_sums(
     sums, carriers = {}, {}
     for site, block in blocks.items():
         heads = maps[site]
-        width = block.dim + (len(heads.value) if heads else 0)
+        width = block.dim + (len(heads.matrix) if heads else 0)
         sums[site] = Sums.empty(width, block.dim)
         if heads:
             kernels = offsets[site].kernels(block.kernel_size, block.scales[0])
-            carriers[site] = (heads.value, kernels)
+            carriers[site] = (heads.matrix, kernels)
 
     def centered(rows):
         return _rows(rows - rows.mean((1, 2), keepdim=True))
@@ -223,7 +228,7 @@ def _carry(values: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 def _set_channels(
     block: DeltaConvBlock,
     sums: Sums,
-    heads: QKVMaps | None,
+    heads: ValueMap | None,
     offsets: OffsetMeans | None,
 ) -> None:
     """Choose the a channels by energy, give them their kernels, and open the gate."""
@@ -263,16 +268,16 @@ def _set_channels(
                 kernel[..., channel] = per_head.mean(0)
 
 
-def _head_candidates(sums: Sums, dim: int, heads: QKVMaps, rank: int) -> list[_Candidate]:
+def _head_candidates(sums: Sums, dim: int, heads: ValueMap, rank: int) -> list[_Candidate]:
     """What each head adds to the pointwise part."""
     rest = without(sums, dim)
-    size = len(heads.value) // heads.heads
+    size = len(heads.matrix) // heads.heads
     found: list[_Candidate] = []
     for head in range(heads.heads):
         rows = slice(head * size, (head + 1) * size)
         part = Sums(rest.features[rows, rows], rest.cross[rows], rest.power, rest.count)
         directions, energies = leading_directions(part, min(rank, size))
-        value = heads.value[rows].double().cpu()
+        value = heads.matrix[rows].double().cpu()
         for energy, row in zip(energies.tolist(), directions, strict=True):
             direction = row @ value
             # Unit power of the input, as for the pointwise channels.

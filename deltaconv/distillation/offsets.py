@@ -2,14 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
-from ..locality.attention import (
-    QKVMaps,
-    add_by_offset,
-    attention_rows,
-    pairs_by_offset,
-)
+from ..locality.attention import add_by_offset, attention_of, pairs_by_offset
 
 
 class OffsetMeans:
@@ -23,19 +17,17 @@ class OffsetMeans:
         self.mass = torch.zeros(heads, 2 * height - 1, 2 * width - 1)
         self.pairs = torch.zeros(2 * height - 1, 2 * width - 1)
 
-    def add(self, x: torch.Tensor, projections: QKVMaps, queries: torch.Tensor) -> None:
-        """x [H, W, C], queries [Q] as indices into H · W: add their attention."""
-        tokens = rearrange(x, "h w c -> (h w) c").float()
-        query, key = (
-            rearrange(rows @ weight.to(rows).T, "n (heads d) -> heads n d", heads=projections.heads)
-            for rows, weight in (
-                (tokens[queries.to(tokens.device)], projections.query),
-                (tokens, projections.key),
-            )
-        )
-        mass = tokens.new_zeros(self.mass.shape)
-        ones = tokens.new_ones(query.shape[:2])
-        add_by_offset(mass, attention_rows(query, key), ones, queries.tolist(), *self.size)
+    def add(
+        self, q: torch.Tensor, k: torch.Tensor, queries: torch.Tensor, scale: float | None = None
+    ) -> None:
+        """q, k [heads, H · W, d] as they act, queries [Q] as indices: add their attention.
+
+        `scale` defaults to 1/√d.
+        """
+        rows = attention_of(q, k, queries.tolist(), scale=scale)
+        mass = rows.new_zeros(self.mass.shape)
+        ones = rows.new_ones(rows.shape[:2])
+        add_by_offset(mass, rows, ones, queries.tolist(), *self.size)
         self.mass += mass.cpu()
         self.pairs += pairs_by_offset(queries.tolist(), *self.size)
 

@@ -6,12 +6,23 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..locality.attention import QKVMaps
+from ..locality.attention import ValueMap
 
 # One image's conditioning, as the host makes it of a prompt; opaque to distillation.
 Condition = object
-# visit(site, x [B, H, W, C], attend) → y [B, H, W, C]; `attend()` runs the layer itself.
-Visit = Callable[[str, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
+# look(q, k, scale) sees q, k [B, heads, H · W, d] behind norms and rotary positions, as attention
+# compares them.
+Look = Callable[[torch.Tensor, torch.Tensor, float | None], None]
+
+
+class Attend(Protocol):
+    """Runs the layer itself → y [B, H, W, C]; `look` is called where its q and k can be seen."""
+
+    def __call__(self, look: Look | None = None) -> torch.Tensor: ...
+
+
+# visit(site, x [B, H, W, C], attend) → y [B, H, W, C].
+Visit = Callable[[str, torch.Tensor, Attend], torch.Tensor]
 
 
 class Teacher(Protocol):
@@ -55,8 +66,8 @@ class Teacher(Protocol):
     def checkpointing(self, active: bool) -> None:
         """Recompute the base's activations in the backward pass instead of keeping them."""
 
-    def projections(self, site: str) -> QKVMaps | None:
-        """The site's query, key and value maps; None where keys are not the map's own tokens."""
+    def values(self, site: str) -> ValueMap | None:
+        """The site's value map; None where its keys are not the map's own tokens."""
 
 
 def in_place_of_attention(
@@ -64,7 +75,7 @@ def in_place_of_attention(
 ) -> Visit:
     """A visit that runs each site's block on the map in float32; other sites attend."""
 
-    def visit(site: str, x: torch.Tensor, attend: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def visit(site: str, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         return blocks[site](x.float()).to(x.dtype) if site in blocks else attend()
 
     return visit

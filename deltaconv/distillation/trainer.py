@@ -166,7 +166,7 @@ class _Run:
                 lambda blocks: initialize(
                     {site: block for site, block in blocks.items() if site in self.untrained},
                     self._replay(data),
-                    self.teacher.projections,
+                    self.teacher.values,
                     torch.Generator().manual_seed(self.settings.seed),
                     self.progress,
                 ),

@@ -15,12 +15,10 @@ GROUPS = 16
 
 
 @dataclass(frozen=True)
-class QKVMaps:
-    """The linear maps of one attention module: query, key, value [E, C], E = heads · head size."""
+class ValueMap:
+    """The linear map [E, C] of one attention module to its values, E = heads · head size."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    matrix: torch.Tensor
     heads: int
 
 

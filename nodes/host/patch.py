@@ -141,7 +141,9 @@ def site_calls(
         shape = (batch, rows * columns, site.dim)
         if shape not in maps:
             maps[shape] = torch.randn(shape, dtype=dtype, device=device)
-        place = application.model_sites.example_call(site, batch, latent_size, options)
+        place = application.model_sites.example_call(
+            patched.model.diffusion_model, site, maps[shape], latent_size, options
+        )
         forward = patched.object_patches[site.forward_key]
         calls.append(functools.partial(forward, maps[shape], **place))
     return calls

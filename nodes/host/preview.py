@@ -174,7 +174,7 @@ class LivePreview:
         if previewer is None:
             # Previews are off: show the first channels.
             return latent_preview.preview_to_image(latent[:3].movedim(0, -1).float())
-        return previewer.decode_latent_to_preview(latent[None])
+        return previewer.decode_latent_to_preview(self.teacher.with_frame(latent[None]))
 
 
 def _duration(seconds: float) -> str:

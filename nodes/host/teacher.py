@@ -10,14 +10,16 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import merge_nested_dicts
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from ...deltaconv.locality.attention import QKVMaps
+from ...deltaconv.distillation.teacher import Look
+from ...deltaconv.locality.attention import ValueMap
 from .encoded import EncodedConditions
 from .object_patches import restore_in_reverse
 from .patch import KEY, detach, original_forward
-from .sites import ModelSites, Site, SiteCall, differentiable_attention, find_sites
+from .sites import Heads, ModelSites, Site, SiteCall, differentiable_attention, find_sites
 
 
 class ComfyTeacher:
@@ -30,12 +32,8 @@ class ComfyTeacher:
 
     def __init__(self, model: ModelPatcher, *, differentiable: bool = False, name: str = ""):
         self.model_sites: ModelSites = find_sites(model)
-        if model.model.latent_format.latent_dimensions != 2:
-            raise ValueError(
-                f"Expected a model of latents [B, C, H, W], got {type(model.model).__name__}, "
-                "whose latents have frames: distilling and evaluating it is not built yet. Apply "
-                "ΔConv works with it."
-            )
+        # Latents [B, C, T, H, W] of such models are taken and returned as images, T = 1.
+        self._has_frames = model.model.latent_format.latent_dimensions == 3
         self.dims = self.model_sites.dims
         self.family = self.model_sites.family
         self.base_model = name
@@ -49,15 +47,24 @@ class ComfyTeacher:
         self.patcher = clone
         self.device = torch.device(clone.load_device)
         self._visit = self._features = None
+        self._look: Look | None = None
         self._visited = self._recompute = False
         self._encoded = EncodedConditions(clone, self.device)
         self._trained: list[torch.nn.Parameter] = []
         self._was_training = False
+        # By which the sites learn their map; those of other nodes rest.
+        self._wrappers = {
+            event: {KEY: by_key[KEY]} for event, by_key in clone.wrappers.items() if KEY in by_key
+        }
         for site in self.model_sites.sites.values():
             self._open(site)
-        if differentiable and not self.why_not_differentiable:
-            for path in self.model_sites.recomputable(clone.model.diffusion_model):
-                self._patch(f"diffusion_model.{path}.forward", self._recomputing)
+        recomputes = differentiable and not self.why_not_differentiable
+        for path in self.model_sites.recomputable(clone.model.diffusion_model):
+            key = f"diffusion_model.{path}.forward"
+            original, _ = original_forward(clone, key)
+            forward = self.model_sites.without_mutation(original)
+            if recomputes or forward is not original:
+                clone.add_object_patch(key, self._recomputing(forward) if recomputes else forward)
 
     def __enter__(self) -> "ComfyTeacher":
         comfy.model_management.load_models_gpu([self.patcher])
@@ -101,18 +108,39 @@ class ComfyTeacher:
         return sampling.noise_scaling(sigma[:, None, None, None], noise, latents)
 
     def latents_in(self, samples: torch.Tensor) -> torch.Tensor:
-        """A LATENT's samples as the model works on them."""
-        return self.patcher.model.process_latent_in(samples)
+        """A LATENT's samples → latents [B, C, H, W] as the model works on them.
+
+        Raises ValueError for another number of channels, and for videos.
+        """
+        channels, shape = self.patcher.model.latent_format.latent_channels, list(samples.shape)
+        image = len(shape) == 4 or (self._has_frames and len(shape) == 5 and shape[2] == 1)
+        if not image or shape[1] != channels:
+            wanted = f"[B, {channels}, H, W]" + f" or [B, {channels}, 1, H, W]" * self._has_frames
+            raise ValueError(
+                f"Expected latents {wanted} for this model, got {shape}. Encode the images with "
+                "this model's own VAE, one by one where it makes videos."
+            )
+        if self._has_frames and len(shape) == 4:
+            samples = samples[:, :, None]
+        return self._images(self.patcher.model.process_latent_in(samples))
 
     def latents_out(self, latents: torch.Tensor) -> torch.Tensor:
-        """What `latents_in` made back into a LATENT's samples."""
-        return self.patcher.model.process_latent_out(latents)
+        """What `latents_in` made back into a LATENT's samples, with a frame where it has them."""
+        return self.patcher.model.process_latent_out(self.with_frame(latents))
+
+    def with_frame(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → [B, C, 1, H, W] for a model whose latents have frames, else as it is."""
+        return latents[:, :, None] if self._has_frames else latents
+
+    def _images(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, :, 0] if self._has_frames else latents
 
     def predict(self, x, sigma, conditions, visit=None, features=None):
         """x [B, C, H, W], sigma [B], one CONDITIONING entry per image → ε̂ in float32."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         options = self.patcher.model_options.get("transformer_options", {}).copy()
         options["cond_or_uncond"] = [0]
+        options["wrappers"] = merge_nested_dicts(options.get("wrappers", {}), self._wrappers)
         if torch.is_grad_enabled() or self.device.type == "cpu":
             # Fast attentions such as Sage have no backward, and ComfyUI's default on a CPU takes
             # at least twice as long to save memory. Another node's choice stays.
@@ -120,12 +148,14 @@ class ComfyTeacher:
         self._visit, self._visited = visit, False
         results, found, order = [], [], []
         try:
-            for rows, arguments in self._encoded.batches(conditions, x):
+            for rows, arguments in self._encoded.batches(conditions, self.with_frame(x)):
                 self._features = {} if features is not None else None
                 whole = len(rows) == len(x)
                 part = (x, sigma) if whole else (x[rows], sigma[rows])
                 arguments["transformer_options"] = {**options, "sigmas": part[1]}
-                results.append(self.patcher.model.apply_model(*part, **arguments))
+                noisy = self.with_frame(part[0])
+                denoised = self.patcher.model.apply_model(noisy, part[1], **arguments)
+                results.append(self._images(denoised))
                 found.append(self._features)
                 order += rows
         finally:
@@ -154,8 +184,8 @@ class ComfyTeacher:
         return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
 
     @torch.no_grad()
-    def projections(self, site: str) -> QKVMaps | None:
-        """The site's query, key and value maps, including LoRA, casting and storage."""
+    def values(self, site: str) -> ValueMap | None:
+        """The site's value map, including LoRA, casting and storage."""
         module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
         dim = self.dims[site]
         basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
@@ -165,7 +195,7 @@ class ComfyTeacher:
             rows = layer(basis)[0]
             return (rows[:dim] - rows[dim]).float().T.contiguous()
 
-        return self.model_sites.projections(module, matrix)
+        return self.model_sites.values(module, matrix)
 
     def _differentiable(self, clone: ModelPatcher) -> ModelPatcher:
         parameters = clone.model.diffusion_model.parameters()
@@ -195,9 +225,18 @@ class ComfyTeacher:
         def on_map(call: SiteCall) -> torch.Tensor:
             return self._on_map(site, call)
 
-        self._patch(
-            site.forward_key, lambda original: self.model_sites.wrap(site, original, on_map)
-        )
+        module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site.path}")
+
+        def opened(original):
+            original = self.model_sites.differentiable(module, original)
+            seen = self.model_sites.inspecting(site, module, original, self._inspect)
+
+            def attention(x, *arguments, **named):
+                return (seen if self._look else original)(x, *arguments, **named)
+
+            return self.model_sites.wrap(site, attention, on_map)
+
+        self._patch(site.forward_key, opened)
         after = self.model_sites.after_residual(site)
         if any(name == after for name, _ in self.patcher.model.diffusion_model.named_modules()):
             key = f"diffusion_model.{after}.forward"
@@ -208,19 +247,33 @@ class ComfyTeacher:
             return call.attend()
         x, size = call.x, call.size
         if x.shape[1] != math.prod(size):
+            got = call.problem or f"{x.shape[1]} tokens"
             raise ValueError(
-                f"Expected the whole map {list(size)} at {site.path}, got {x.shape[1]} tokens. "
-                "Remove HyperTile, ToMe or the like for the distillation."
+                f"Expected the whole map {list(size)} at {site.path}, got {got}. Remove HyperTile, "
+                "ToMe, reference images or the like for the distillation."
             )
         self._visited = True
         map_ = partial(rearrange, pattern="b (h w) c -> b h w c", h=size[0], w=size[1])
-        y = self._visit(site.path, map_(x), lambda: map_(call.attend()))
+
+        def attend(look: Look | None = None) -> torch.Tensor:
+            self._look = look
+            try:
+                return map_(call.attend())
+            finally:
+                self._look = None
+
+        y = self._visit(site.path, map_(x), attend)
         return rearrange(y, "b h w c -> b (h w) c")
+
+    def _inspect(self, heads: Heads) -> None:
+        if self._look is not None and not heads.problem:
+            self._look(heads.q, heads.k, heads.scale)
 
     def _feature(self, site, original):
         def forward(x, *args, **kwargs):
             if self._features is not None:
-                self._features.setdefault(site.path, x)
+                # The same tensor, also where a block has put something else in its place.
+                self._features.setdefault(site.path, torch.positive(x))
             return original(x, *args, **kwargs)
 
         return forward

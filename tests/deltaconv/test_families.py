@@ -79,36 +79,10 @@ def test_map_sizes_are_those_of_the_real_unet(comfy):
     assert seen == {site: found.map_size(site, 49, 70) for site in found.sites}
 
 
-def test_models_without_a_layout_are_refused_in_one_sentence(comfy):
-    flux = host_model(
-        "Flux",
-        {
-            "image_model": "flux",
-            "in_channels": 16,
-            "vec_in_dim": 768,
-            "context_in_dim": 64,
-            "hidden_size": 128,
-            "mlp_ratio": 4.0,
-            "num_heads": 4,
-            "depth": 1,
-            "depth_single_blocks": 1,
-            "axes_dim": [8, 12, 12],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "guidance_embed": False,
-            "out_channels": 16,
-            "txt_ids_dims": [],
-        },
-        "meta",
-    )
-    with pytest.raises(ValueError, match="got Flux: its attention runs over text and image"):
-        find(flux)
-
-
 def test_families_without_published_blocks_have_no_published_names():
-    others = FAMILIES.keys() - COUNTS.keys()
-    assert others == {"anima", "cosmos-predict2", "cosmos-predict2-14b"}
+    others = [name for name, family in FAMILIES.items() if not family.num_res_blocks]
+    others.remove("pixart")
+    assert len(others) == 10
     for family in others:
         assert not any(map(to_published, FAMILIES[family].dims))
 
@@ -184,6 +158,24 @@ def test_sd1_and_sd2_share_a_layout_unless_the_file_says():
     check_fit(weights, FAMILIES["sd2"].dims, "sd2")
     with pytest.raises(WeightsError, match=r"for Stable Diffusion 2\.x.* for Stable Diffusion 1"):
         check_fit(weights_for(FAMILIES["sd1"].dims, family="sd1"), FAMILIES["sd2"].dims, "sd2")
+
+
+def test_models_of_equal_layers_keep_to_the_family_that_the_file_names():
+    weights = weights_for(FAMILIES["anima"].dims)
+    assert set(weights.families) == {"anima", "cosmos-predict2"}
+    named = weights_for(FAMILIES["anima"].dims, family="anima")
+    check_fit(named, FAMILIES["anima"].dims, "anima")
+    with pytest.raises(WeightsError, match=r"for Cosmos-Predict2 2B, .* for Anima\. Load"):
+        check_fit(named, FAMILIES["cosmos-predict2"].dims, "cosmos-predict2")
+
+
+@pytest.mark.parametrize("family", ["hunyuandit", "wan-14b", "kandinsky5-image", "ltxv-2b"])
+def test_a_file_for_another_family_is_refused_by_name(family):
+    other = "wan-1.3b" if family == "wan-14b" else "anima"
+    with pytest.raises(WeightsError) as error:
+        check_fit(weights_for(FAMILIES[other].dims), FAMILIES[family].dims, family)
+    for name in (family, other):
+        assert FAMILIES[name].title in str(error.value)
 
 
 def test_another_family_is_named_on_both_sides():

@@ -14,7 +14,7 @@ from comfyui_deltaconv.deltaconv.distillation import (
     distill,
 )
 from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
-from host_models import SMALL_PIXART
+from host_models import SMALL_PIXART, bits, stored_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_comfyui_runs_nodes")
 
@@ -29,26 +29,6 @@ def reloads(comfy):
     return "force_deepcopy" in inspect.signature(ModelPatcher.clone).parameters
 
 
-def load(config, state, stored, compute, disable_dynamic=False):
-    """A MODEL whose weights are kept in `stored` and computed with in `compute`, loaded as
-    ComfyUI's own loaders do; it says how to load it again."""
-    import comfy.model_patcher
-
-    # As ComfyUI's loaders choose: quantized layers always name what they compute in.
-    cast = compute if compute != stored or config.quant_config else None
-    config.set_inference_dtype(stored, cast)
-    cpu = torch.device("cpu")
-    model = config.get_model(state, "", device=cpu)
-    patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
-    tensors = {
-        name: tensor.to(stored) if tensor.dtype == torch.float32 else tensor
-        for name, tensor in state.items()
-    }
-    model.load_model_weights(tensors, "")
-    patcher.cached_patcher_init = (load, (config, state, stored, compute))
-    return patcher
-
-
 def demo_model(stored, compute=torch.float32):
     import comfy.utils
     from comfyui_deltaconv.nodes.host.demo_model import EmojiDemo
@@ -58,7 +38,7 @@ def demo_model(stored, compute=torch.float32):
         state, {"model.diffusion_model.": ""}, filter_keys=True
     )
     state = {name: tensor.float() for name, tensor in state.items()}
-    return load(EmojiDemo(demo.unet_config()), state, stored, compute)
+    return stored_model(EmojiDemo(demo.unet_config()), state, stored, compute)
 
 
 def pixart_model(stored=torch.float32, compute=torch.float32):
@@ -74,7 +54,7 @@ def pixart_model(stored=torch.float32, compute=torch.float32):
         name: torch.randn(shape, generator=generator) * 0.3 / math.sqrt(shape[-1] / 16)
         for name, shape in shapes.items()
     }
-    return load(config, state, stored, compute)
+    return stored_model(config, state, stored, compute)
 
 
 def scaled_fp8_model():
@@ -92,7 +72,7 @@ def scaled_fp8_model():
         state[f"{layer}.comfy_quant"] = marker
     config = EmojiDemo(demo.unet_config())
     config.quant_config = {"mixed_ops": True}
-    return load(config, state, torch.float32, torch.float32)
+    return stored_model(config, state, torch.float32, torch.float32)
 
 
 def demo_data(size=16):
@@ -121,15 +101,6 @@ def settings(layers=0, joint=0, accumulate=1, **changes):
         "losses": {"teacher": 1.0, "normalised_features": 0.1},
     }
     return DistillationSettings(**{**defaults, **changes})
-
-
-def bits(model):
-    """Every weight of the base, as the bytes that it is stored in."""
-    found = {}
-    for name, tensor in model.model.state_dict().items():
-        whole = getattr(tensor, "_qdata", tensor).contiguous()
-        found[name] = whole.reshape(-1).view(torch.uint8).clone()
-    return found
 
 
 def train(model, data, chosen, gate="scaled"):

@@ -73,3 +73,32 @@ def randomize(patcher, scale, chosen=lambda name: True):
         if chosen(name):
             parameter.data.copy_(torch.randn_like(parameter) * scale)
     return patcher
+
+
+def stored_model(config, state, stored, compute, disable_dynamic=False):
+    """A MODEL whose weights are kept in `stored` and computed with in `compute`, loaded as
+    ComfyUI's own loaders do; it says how to load it again."""
+    import comfy.model_patcher
+
+    # As ComfyUI's loaders choose: quantized layers always name what they compute in.
+    cast = compute if compute != stored or config.quant_config else None
+    config.set_inference_dtype(stored, cast)
+    cpu = torch.device("cpu")
+    model = config.get_model(state, "", device=cpu)
+    patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    tensors = {
+        name: tensor.to(stored) if tensor.dtype == torch.float32 else tensor
+        for name, tensor in state.items()
+    }
+    model.load_model_weights(tensors, "")
+    patcher.cached_patcher_init = (stored_model, (config, state, stored, compute))
+    return patcher
+
+
+def bits(model):
+    """Every weight of the base, as the bytes that it is stored in."""
+    found = {}
+    for name, tensor in model.model.state_dict().items():
+        whole = getattr(tensor, "_qdata", tensor).contiguous()
+        found[name] = whole.reshape(-1).view(torch.uint8).clone()
+    return found

@@ -11,7 +11,7 @@ from comfyui_deltaconv.deltaconv.distillation import (
     StageSettings,
     distill,
 )
-from comfyui_deltaconv.deltaconv.locality.attention import QKVMaps
+from comfyui_deltaconv.deltaconv.locality.attention import ValueMap
 from einops import rearrange
 
 CHANNELS, SIZE = 16, 12
@@ -58,9 +58,8 @@ class ToyTeacher(torch.nn.Module):
     def checkpointing(self, active):
         pass
 
-    def projections(self, site):
-        layers = self.sites[site]
-        return QKVMaps(*(layers[n].weight.detach() for n in ("query", "key", "value")), 2)
+    def values(self, site):
+        return ValueMap(self.sites[site]["value"].weight.detach(), 2)
 
     def predict(self, x, sigma, conditions, visit=None, features=None):
         self.calls += 1
@@ -71,7 +70,9 @@ class ToyTeacher(torch.nn.Module):
         for site in PLAN:
             n = F.layer_norm(h, (CHANNELS,))
 
-            def attend(site=site, n=n):
+            def attend(look=None, site=site, n=n):
+                if look is not None:
+                    look(*self._heads(self.sites[site], n)[:2], None)
                 return self._attention(self.sites[site], n)
 
             h = h + (attend() if visit is None else visit(site, n, attend))
@@ -80,12 +81,15 @@ class ToyTeacher(torch.nn.Module):
         eps = self.leave(F.silu(h)).movedim(-1, 1) + x * scale
         return eps * float("nan") if self.calls in self.poison else eps
 
-    def _attention(self, layers, n):
-        height, width = n.shape[1:3]
-        query, key, value = (
+    def _heads(self, layers, n):
+        return [
             rearrange(layers[name](n), "b h w (heads e) -> b heads (h w) e", heads=2)
             for name in ("query", "key", "value")
-        )
+        ]
+
+    def _attention(self, layers, n):
+        height, width = n.shape[1:3]
+        query, key, value = self._heads(layers, n)
         rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         at = rearrange([rows, cols], "yx h w -> (h w) yx").float()
         near = -torch.cdist(at, at) / 2

@@ -13,13 +13,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv.families import families_of
-from ....deltaconv.locality.attention import QKVMaps
+from ....deltaconv.locality.attention import ValueMap
 
 Size = tuple[int, int]
 
 # What attention sees beside its own tokens, where another node brings it.
 OTHERS = "keys, values or a mask of another node"
 GIVEN = "another node gave it a mask, or keys of its own"
+# Channels of CLIP-G's pooled output, which SDXL reads.
+_POOLED = 1280
 
 
 @dataclass(frozen=True)
@@ -129,17 +131,23 @@ class ModelSites(ABC):
 
     @abstractmethod
     def example_call(
-        self, site: Site, batch: int, latent_size: Size, options: Mapping
+        self,
+        diffusion_model: torch.nn.Module,
+        site: Site,
+        x: torch.Tensor,
+        latent_size: Size,
+        options: Mapping,
     ) -> dict[str, object]:
-        """The arguments, by name, that a call of the site alone needs beside x.
+        """The arguments, by name, that a call of the site alone needs beside x [B, N, C].
 
-        `options` are the transformer options that the model would be called with."""
+        `options` are the transformer options that the model would be called with.
+        """
 
     @abstractmethod
-    def projections(
+    def values(
         self, module: torch.nn.Module, affine: Callable[[Callable], torch.Tensor]
-    ) -> QKVMaps | None:
-        """Query, key and value maps of a site's module; None where they do not say what it does.
+    ) -> ValueMap | None:
+        """The value map of a site's module; None where its keys are not the map's own tokens.
 
         `affine` gives the matrix [out, in] of a layer as it acts, without what it adds.
         """
@@ -152,9 +160,22 @@ class ModelSites(ABC):
     def recomputable(self, diffusion_model: torch.nn.Module) -> list[str]:
         """Paths of modules whose input is small to keep, and all within them large."""
 
+    def differentiable(self, module: torch.nn.Module, original: Callable) -> Callable:
+        """A site's forward through which gradients pass, where `original` has none for them."""
+        return original
+
+    def without_mutation(self, original: Callable) -> Callable:
+        """A block's forward that leaves its input as it is, for features and gradients."""
+        return original
+
     @abstractmethod
     def text_shape(self, diffusion_model: torch.nn.Module) -> Size:
         """Tokens and channels of the encoded prompt that the model is made for."""
+
+    def prompt(self, diffusion_model: torch.nn.Module) -> list:
+        """A CONDITIONING entry of random numbers, with all that a call of the model needs."""
+        shape = self.text_shape(diffusion_model)
+        return [torch.randn(1, *shape), {"pooled_output": torch.randn(1, _POOLED)}]
 
     def is_taken(self, path: str, transformer_options: Mapping) -> bool:
         """Whether another node's entry in the options keeps the site from being called."""

@@ -1,119 +1,73 @@
 """Anima and Cosmos-Predict2, text to image. Sites are `blocks.{i}.self_attn`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 
-from ....deltaconv.locality.attention import QKVMaps
-from .base import (
-    OTHERS,
-    Inspect,
-    ModelSites,
-    OnMap,
-    Site,
-    SiteCall,
-    Size,
-    exact_family,
-    intercepting,
-    parameter_count,
-)
+from .base import Size
+from .transformer import TransformerSites
 
 # What a prompt is padded to.
 _T5_TOKENS = 512
-# Entry in the transformer options: frames, rows and columns of tokens.
-_GRID = "deltaconv_grid"
 
 
-class CosmosSites(ModelSites):
+class CosmosSites(TransformerSites):
     """Sites of ComfyUI's `MiniTrainDIT`: self_attn(x, context, rope_emb, transformer_options).
 
-    Latents are [B, C, T, H, W], padded to whole tokens of `latent_step` cells; a block computes
-    images, T = 1. The model tells its attention no size, so a wrapper around it does. The text
-    modules of Anima's `llm_adapter` are no sites.
+    The text modules of Anima's `llm_adapter` are no sites.
     """
 
+    ARGUMENTS = ("context", "rope_emb", "transformer_options")
+    VALUE, HEADS, FOLLOWING = "v_proj", "n_heads", "layer_norm_cross_attn"
+
     @classmethod
-    def of(cls, model: ModelPatcher) -> "CosmosSites | None":
+    def is_kind(cls, transformer: torch.nn.Module) -> bool:
         from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 
-        transformer = model.model.diffusion_model
-        if not isinstance(transformer, MiniTrainDIT):
-            return None
-        sites = {}
-        for index, block in enumerate(transformer.blocks):
-            path, attention = f"blocks.{index}.self_attn", block.self_attn
-            sites[path] = Site(path, attention.query_dim, 0, parameter_count(attention))
-        family = exact_family(model, {path: site.dim for path, site in sites.items()})
+        return isinstance(transformer, MiniTrainDIT)
+
+    @classmethod
+    def step(cls, transformer: torch.nn.Module) -> int:
+        return transformer.patch_spatial
+
+    @classmethod
+    def family_of(cls, transformer: torch.nn.Module, exact: str) -> str:
         # The same layers, told apart by what else they were loaded with.
-        if family == "cosmos-predict2" and hasattr(transformer, "llm_adapter"):
-            family = "anima"
-        return cls(family, sites, transformer.patch_spatial)
+        anima = exact == "cosmos-predict2" and hasattr(transformer, "llm_adapter")
+        return "anima" if anima else exact
 
-    def map_size(self, path: str, height: int, width: int) -> Size:
-        return -(-height // self.latent_step), -(-width // self.latent_step)
+    def positions(self, diffusion_model, x: torch.Tensor, size: Size) -> dict:
+        grid = x.new_empty(1, 1, *size, 1)
+        rope = diffusion_model.pos_embedder(grid, fps=None, device=x.device)
+        return {"rope_emb": rope.unsqueeze(1).unsqueeze(0)}
 
-    def wrap(self, site: Site, original: Callable, on_map: OnMap) -> Callable:
+    def differentiable(self, module: torch.nn.Module, original: Callable) -> Callable:
+        from comfy.ldm.cosmos import predict2
+
+        if hasattr(predict2, "apply_rotary_pos_emb"):
+            # An older ComfyUI rotates by torch's own operators.
+            return original
+
         def forward(x, *arguments, **named):
-            context, options = _read(*arguments, **named)
-            frames, *size = options.get(_GRID, (0, 0, 0))
-
-            def attend():
+            given = self._given(arguments, named)
+            rope = given.pop("rope_emb", None)
+            if rope is None or not torch.is_grad_enabled():
                 return original(x, *arguments, **named)
-
-            problem = "" if context is None or context is x else OTHERS
-            if frames != 1:
-                problem = _no_image(frames)
-            return on_map(SiteCall(x, x.shape[0], tuple(size), attend, problem))
-
-        return forward
-
-    def inspecting(self, site: Site, module, original: Callable, inspect: Inspect) -> Callable:
-        def forward(x, context=None, rope_emb=None, transformer_options=None):
-            options = {} if transformer_options is None else transformer_options
-            frames, *size = options.get(_GRID, (0, 0, 0))
-            problem = "" if frames == 1 else f"it sees {_no_image(frames)}"
-            options = intercepting(options, tuple(size), problem, inspect)
-            return original(x, context, rope_emb=rope_emb, transformer_options=options)
+            # Norms and rotation are one kernel without a backward pass; without positions the
+            # module takes the norms alone.
+            q, k, v = module.compute_qkv(x, **given)
+            options = given.get("transformer_options") or {}
+            q, k = (_rotated(each, rope) for each in (q, k))
+            return module.compute_attention(q, k, v, transformer_options=options)
 
         return forward
-
-    def example_call(
-        self, site: Site, batch: int, latent_size: Size, options: Mapping
-    ) -> dict[str, object]:
-        own = {**options, _GRID: (1, *self.map_size(site.path, *latent_size))}
-        return {"transformer_options": own}
-
-    def projections(self, module, affine) -> QKVMaps | None:
-        # Norms and rotary positions lie between these maps and what attention compares.
-        return None
-
-    def after_residual(self, site: Site) -> str:
-        return site.path.removesuffix("self_attn") + "layer_norm_cross_attn"
-
-    def recomputable(self, diffusion_model: torch.nn.Module) -> list[str]:
-        return [f"blocks.{index}" for index in range(len(diffusion_model.blocks))]
 
     def text_shape(self, diffusion_model: torch.nn.Module) -> Size:
         return _T5_TOKENS, diffusion_model.blocks[0].cross_attn.context_dim
 
-    def prepare(self, patcher: ModelPatcher, key: str) -> None:
-        patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, self._note_grid)
 
-    def _note_grid(self, executor, x, *arguments, **named):
-        """DIFFUSION_MODEL wrapper: x [B, C, T, H, W], unpadded; the options are copied."""
-        frames = -(-x.shape[2] // executor.class_obj.patch_temporal)
-        grid = (frames, *self.map_size("", *x.shape[-2:]))
-        options = {**named.get("transformer_options", {}), _GRID: grid}
-        return executor(x, *arguments, **{**named, "transformer_options": options})
-
-
-def _no_image(frames: int) -> str:
-    """What attention sees where it is not one image; 0 frames: nothing said how many."""
-    return f"a video of {frames} frames" if frames else "tokens of an unknown map"
-
-
-def _read(context=None, rope_emb=None, transformer_options=None):
-    """What self_attn is called with after x, by name or place."""
-    return context, {} if transformer_options is None else transformer_options
+def _rotated(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """x [B, N, heads, d] turned by rope [1, N, 1, d/2, 2, 2]; a pair's parts are in either half."""
+    pairs = torch.stack(x.float().chunk(2, dim=-1), dim=-1)
+    turned = torch.einsum("...ij,...j->...i", rope.float().expand(*pairs.shape, 2), pairs)
+    return torch.cat(turned.unbind(-1), dim=-1).to(x.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....deltaconv.locality.attention import QKVMaps
+from ....deltaconv.locality.attention import ValueMap
 from .base import (
     OTHERS,
     Heads,
@@ -75,15 +75,15 @@ class PixArtSites(ModelSites):
         return forward
 
     def example_call(
-        self, site: Site, batch: int, latent_size: Size, options: Mapping
+        self, diffusion_model, site: Site, x: torch.Tensor, latent_size: Size, options: Mapping
     ) -> dict[str, object]:
         return {"HW": latent_size}
 
-    def projections(self, module, affine) -> QKVMaps | None:
-        if module.sr_ratio > 1 or not isinstance(module.q_norm, torch.nn.Identity):
+    def values(self, module, affine) -> ValueMap | None:
+        if module.sr_ratio > 1:
             return None
-        query, key, value = affine(module.qkv).chunk(3, dim=0)
-        return QKVMaps(query, key, value, module.num_heads)
+        *_, value = affine(module.qkv).chunk(3, dim=0)
+        return ValueMap(value, module.num_heads)
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix("attn") + "cross_attn"

@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv.families import resolution_level
 from ....deltaconv.flops import halved
-from ....deltaconv.locality.attention import QKVMaps
+from ....deltaconv.locality.attention import ValueMap
 from .base import (
     GIVEN,
     OTHERS,
@@ -92,15 +92,14 @@ class UNetSites(ModelSites):
         return forward
 
     def example_call(
-        self, site: Site, batch: int, latent_size: Size, options: Mapping
+        self, diffusion_model, site: Site, x: torch.Tensor, latent_size: Size, options: Mapping
     ) -> dict[str, object]:
         rows, columns = self.map_size(site.path, *latent_size)
-        own = {**options, "activations_shape": [batch, 0, rows, columns]}
+        own = {**options, "activations_shape": [len(x), 0, rows, columns]}
         return {"transformer_options": own}
 
-    def projections(self, module, affine) -> QKVMaps | None:
-        layers = (module.to_q, module.to_k, module.to_v)
-        return QKVMaps(*map(affine, layers), module.heads)
+    def values(self, module, affine) -> ValueMap | None:
+        return ValueMap(affine(module.to_v), module.heads)
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix("attn1") + "norm2"

@@ -7,7 +7,6 @@ import torch
 from comfyui_deltaconv.deltaconv.distillation.offsets import OffsetMeans
 from comfyui_deltaconv.deltaconv.locality import attention, profile
 from comfyui_deltaconv.deltaconv.locality.attention import (
-    QKVMaps,
     attention_of,
     measure_attention,
     memory_bound,
@@ -262,12 +261,12 @@ def test_initialization_sees_the_same_mass_by_offset():
     query, key = (torch.randn(12, 8, generator=generator) for _ in range(2))
     x = torch.randn(height, width, 8, generator=generator)
     means = OffsetMeans(heads, height, width)
-    means.add(x, QKVMaps(query, key, key, heads), torch.arange(height * width))
     q, k = (
-        (x.flatten(0, 1) @ weight.T).unflatten(-1, (heads, -1)).transpose(0, 1)[None]
+        (x.flatten(0, 1) @ weight.T).unflatten(-1, (heads, -1)).transpose(0, 1)
         for weight in (query, key)
     )
-    found = measure_attention(q, k, height, width)
+    means.add(q, k, torch.arange(height * width))
+    found = measure_attention(q[None], k[None], height, width)
     queries = height * width
     assert torch.allclose(means.mass.double() / queries, found.offsets[0], atol=1e-6)
     assert torch.allclose(means.pairs.double() / queries**2, found.pairs[0])
