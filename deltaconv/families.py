@@ -11,7 +11,7 @@ from dataclasses import dataclass
 # Also the demo's, which has no published layout.
 _DEFAULT_LATENT = 64
 
-# Every UNet family here has two residual blocks per level.
+# Every UNet family with published blocks has two residual blocks per level.
 NUM_RES_BLOCKS = (2, 2, 2, 2)
 
 _UNET_SITE = re.compile(
@@ -109,19 +109,32 @@ def _unet(
     up: Sequence[int],
 ) -> dict[str, int]:
     """Site path → dim of a UNet; `down`, `up`: transformer depth per level, highest first."""
-    dims = {}
-    for level, (multiplier, depth) in enumerate(zip(multipliers, down, strict=True)):
-        for block in range(2):
-            for k in range(depth):
-                path = f"input_blocks.{level * 3 + block + 1}.1.transformer_blocks.{k}.attn1"
-                dims[path] = channels * multiplier
+    sides = [depth for depth in down for _ in range(2)], [d for d in up[::-1] for _ in range(3)]
+    return _uneven_unet(channels, multipliers, sides[0], middle, sides[1])
+
+
+def _uneven_unet(
+    channels: int,
+    multipliers: Sequence[int],
+    down: Sequence[int],
+    middle: int,
+    up: Sequence[int],
+) -> dict[str, int]:
+    """Site path → dim; `down`, `up`: depth of each residual block, as the network runs them."""
+    dims, levels = {}, len(multipliers)
+    for number, depth in enumerate(down):
+        level = number // (len(down) // levels)
+        # Each level ends with a downsampler, and block 0 is the first convolution.
+        place = f"input_blocks.{level + number + 1}"
+        for k in range(depth):
+            dims[f"{place}.1.transformer_blocks.{k}.attn1"] = channels * multipliers[level]
     for k in range(middle):
         dims[f"middle_block.1.transformer_blocks.{k}.attn1"] = channels * multipliers[-1]
-    for step, level in enumerate(reversed(range(len(multipliers)))):
-        for block in range(3):
-            for k in range(up[level]):
-                path = f"output_blocks.{step * 3 + block}.1.transformer_blocks.{k}.attn1"
-                dims[path] = channels * multipliers[level]
+    for number, depth in enumerate(up):
+        level = levels - 1 - number // (len(up) // levels)
+        for k in range(depth):
+            path = f"output_blocks.{number}.1.transformer_blocks.{k}.attn1"
+            dims[path] = channels * multipliers[level]
     return dims
 
 
@@ -170,6 +183,41 @@ FAMILIES = {
             _unet(384, (1, 2, 4, 4), (0, 4, 4, 0), 4, (0, 4, 4, 0)),
             (2, 2, 2, 2),
         ),
+        # Distilled from SDXL, with fewer layers.
+        Family(
+            "ssd-1b",
+            "SSD-1B",
+            "scaled",
+            128,
+            _uneven_unet(320, (1, 2, 4), (0, 0, 2, 2, 4, 4), 0, (4, 4, 10, 2, 1, 1, 0, 0, 0)),
+            (2, 2, 2),
+        ),
+        Family(
+            "segmind-vega",
+            "Segmind Vega",
+            "scaled",
+            128,
+            _uneven_unet(320, (1, 2, 4), (0, 0, 1, 1, 2, 2), 0, (2, 2, 2, 1, 1, 1, 0, 0, 0)),
+            (2, 2, 2),
+        ),
+        Family(
+            "koala-700m",
+            "KOALA 700M",
+            "scaled",
+            128,
+            _uneven_unet(320, (1, 2, 4), (0, 2, 5), 0, (5, 5, 2, 2, 0, 0)),
+            (1, 1, 1),
+        ),
+        Family(
+            "koala-1b",
+            "KOALA 1B",
+            "scaled",
+            128,
+            _uneven_unet(320, (1, 2, 4), (0, 2, 6), 6, (6, 6, 2, 2, 0, 0)),
+            (1, 1, 1),
+        ),
+        # Its layers over space; those over time stay.
+        Family("svd", "Stable Video Diffusion", "scaled", 72, _SD_DIMS, (2, 2, 2, 2)),
         Family(
             "pixart",
             "PixArt-α/Σ",

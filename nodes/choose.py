@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..deltaconv.families import native_latent
+from .host.pictures import decoded
 from .host.sites import find_sites
 from .node import Node
 from .sockets import CATEGORY, DeltaConv, Recipe
@@ -162,7 +163,7 @@ def _decoder(vae):
 
     def decode(latents: torch.Tensor) -> torch.Tensor | None:
         if vae is not None:
-            return vae.decode(latents)
+            return decoded(vae, latents)
         if latents.shape[1] == 3:
             return ((latents + 1) / 2).clamp(0, 1).movedim(1, -1)
         return None

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..deltaconv.families import native_latent
 from ..deltaconv.pictures.metrics import compare, side_by_side
 from ..deltaconv.weights.compatibility import check_fit
+from .host.pictures import decoded
 from .node import Node
 from .sockets import CATEGORY, DeltaConv
 
@@ -182,7 +183,7 @@ def _shape(teacher, latent) -> tuple[int, int, int]:
 def _decode(latents, vae):
     """Two batches of pictures [B, H, W, 3] in 0…1; None without a VAE for latents."""
     if vae is not None:
-        return [vae.decode(latent) for latent in latents]
+        return [decoded(vae, latent) for latent in latents]
     if latents[0].shape[1] == 3:
         return [((latent + 1) / 2).clamp(0, 1).movedim(1, -1) for latent in latents]
     return None

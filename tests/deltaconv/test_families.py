@@ -13,10 +13,12 @@ from comfyui_deltaconv.deltaconv.families import (
 )
 from comfyui_deltaconv.deltaconv.weights.compatibility import check_fit, select_sites
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
-from host_models import REAL, host_model
+from host_models import REAL, host_model, randomize
 from published import published_paths
 
 COUNTS = {"sd1": 16, "sd2": 16, "sdxl": 70, "sdxl-refiner": 44, "pixart": 28}
+# Made of SDXL by leaving layers out.
+SMALLER = {"ssd-1b": 34, "segmind-vega": 15, "koala-700m": 21, "koala-1b": 30}
 
 
 def find(model):
@@ -43,9 +45,67 @@ def test_unet_sites_are_those_of_the_real_class(comfy, family):
         assert found.sites[site].level == resolution_level(site, config["num_res_blocks"])
 
 
-def test_inpaint_models_are_of_their_family(comfy):
-    found = find(host_model("SD15", {**REAL["sd1"][1], "in_channels": 9}, "meta"))
-    assert (found.family, len(found.sites)) == ("sd1", 16)
+# UNets that the class of SD and SDXL takes along: class, configuration, family, layers.
+VARIANTS = [
+    ("SD15", {**REAL["sd1"][1], "in_channels": 9}, "sd1", 16),
+    ("SD15_instructpix2pix", {**REAL["sd1"][1], "in_channels": 8}, "sd1", 16),
+    ("SDXL_instructpix2pix", {**REAL["sdxl"][1], "in_channels": 8}, "sdxl", 70),
+    ("LotusD", {**REAL["sd2"][1], "num_classes": "sequential", "adm_in_channels": 4}, "sd2", 16),
+    ("SVD_img2vid", REAL["svd"][1], "svd", 16),
+    *((*REAL[name], name, layers) for name, layers in SMALLER.items()),
+]
+
+
+@pytest.mark.any_comfyui
+@pytest.mark.parametrize(("class_name", "config", "family", "layers"), VARIANTS)
+def test_variants_are_of_their_family(comfy, class_name, config, family, layers):
+    found = find(host_model(class_name, config, "meta"))
+    assert (found.family, len(found.sites)) == (family, layers)
+    assert list(found.dims.items()) == list(FAMILIES[family].dims.items())
+    depth = FAMILIES[family].num_res_blocks
+    assert all(found.sites[site].level == resolution_level(site, depth) for site in found.sites)
+
+
+@pytest.mark.any_comfyui
+@pytest.mark.parametrize("family", ["svd", "ssd-1b", "koala-700m"])
+def test_blocks_stand_in_variants_and_leave_without_a_trace(as_comfyui_runs_nodes, family):
+    """Of a video every frame is a map of its own; maps that are not square."""
+    import comfy.sample
+    import patched_models
+
+    class_name, config = REAL[family]
+    # SVD's heads have 64 channels.
+    config = {**config, "model_channels": 64 if family == "svd" else 32, "context_dim": 16}
+    model = randomize(host_model(class_name, config), 0.1)
+    found = find(model)
+    blocks = {site: DeltaConvBlock(dim, 3) for site, dim in found.dims.items()}
+    weights = weights_of_blocks(blocks)
+    frames = 3 if family == "svd" else 1
+    latent = torch.zeros(frames, 4, 16, 24)
+    torch.manual_seed(2)
+    more = {"pooled_output": torch.randn(1, 1280)}
+    condition = [[torch.randn(1, 4, 16), more]]
+
+    def sample(model):
+        noise = comfy.sample.prepare_noise(latent, 1)
+        arguments = (1, 1.0, "euler", "normal", condition, condition, latent)
+        return comfy.sample.sample(model, noise, *arguments, seed=1)
+
+    stock = sample(model)
+    patched, report = patched_models.apply(model, weights)
+    assert f"{len(found.sites)} of {len(found.sites)}" in report
+    seen = []
+    (attached,) = patched.get_additional_models_with_key("deltaconv")
+    for number, block in enumerate(attached.model.blocks):
+        block.register_forward_pre_hook(
+            lambda _, x, site=found.sites[attached.model.sites[number]].path: seen.append(
+                (tuple(x[0].shape[1:3]) == found.map_size(site, 16, 24), len(x[0]) % frames)
+            )
+        )
+    student = sample(patched)
+    assert student.isfinite().all() and not torch.equal(student, stock)
+    assert len(seen) == len(found.sites) and set(seen) == {(True, 0)}
+    assert torch.equal(sample(model), stock)
 
 
 @pytest.mark.parametrize("class_name", ["PixArtSigma", "PixArtAlpha"])
@@ -154,7 +214,7 @@ def test_weights_fit_their_own_family(family):
 
 def test_sd1_and_sd2_share_a_layout_unless_the_file_says():
     weights = weights_for(FAMILIES["sd1"].dims)
-    assert weights.families == ("sd1", "sd2")
+    assert weights.families == ("sd1", "sd2", "svd")
     check_fit(weights, FAMILIES["sd2"].dims, "sd2")
     with pytest.raises(WeightsError, match=r"for Stable Diffusion 2\.x.* for Stable Diffusion 1"):
         check_fit(weights_for(FAMILIES["sd1"].dims, family="sd1"), FAMILIES["sd2"].dims, "sd2")

@@ -267,7 +267,7 @@ def test_model_unloaded_while_it_is_used_is_said(model):
 
 def test_another_reading_of_noise_levels_is_another_base(model):
     import comfy.model_sampling
-    from comfyui_deltaconv.nodes.host.teacher import fingerprint
+    from comfyui_deltaconv.nodes.host.fingerprint import fingerprint
 
     class OtherSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
         pass
@@ -295,7 +295,7 @@ def test_another_reading_of_noise_levels_is_another_base(model):
 
 def test_applied_blocks_do_not_make_another_base(model):
     from comfyui_deltaconv.nodes.apply import DeltaConvApply
-    from comfyui_deltaconv.nodes.host.teacher import fingerprint
+    from comfyui_deltaconv.nodes.host.fingerprint import fingerprint
 
     patched = DeltaConvApply.execute(model, read_weights(demo.DELTACONV_PATH)).args[0]
     assert fingerprint(patched) == fingerprint(model)

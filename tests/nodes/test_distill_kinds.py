@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from comfyui_deltaconv.deltaconv import DeltaConvBlock
 from comfyui_deltaconv.deltaconv.distillation import (
     Dataset,
     DistillationSettings,
@@ -13,6 +14,7 @@ from comfyui_deltaconv.deltaconv.distillation import (
 )
 from comfyui_deltaconv.deltaconv.distillation.choice import SiteCost
 from comfyui_deltaconv.deltaconv.distillation.evaluation import held_out_error
+from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 from distill_nodes import distill as run_node
 from family_models import KINDS
 from host_models import bits
@@ -241,3 +243,26 @@ def test_latents_of_another_kind_are_refused_before_anything_is_changed(kind, mo
             node(kind, model, latents={"samples": torch.zeros(shape)})
         assert str(list(shape)) in str(error.value)
     assert not model.object_patches
+
+
+def test_pictures_of_a_vae_of_videos_are_compared(comfy):
+    """Wan's gives [B, T, H, W, 3]; Anima and Cosmos-Predict2 have the same."""
+    import comfy.ldm.wan.vae
+    import comfy.sd
+    from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
+
+    kind = KINDS["Wan"]
+    torch.manual_seed(4)
+    size = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    made = comfy.ldm.wan.vae.WanVAE(
+        **size, attn_scales=[], temperal_downsample=[False, True, True], dropout=0.0
+    )
+    state = {name: torch.randn_like(tensor) * 0.1 for name, tensor in made.state_dict().items()}
+    vae = comfy.sd.VAE(sd=state)
+    blocks = {site: DeltaConvBlock(kind.dim, 3) for site in kind.sites}
+    arguments = (weights_of_blocks(blocks), kind.prompt(1), kind.prompt(3), vae)
+    latent = {"samples": kind.latent((4, 6))}
+    table, _, grid, _, psnr = DeltaConvEvaluate.execute(
+        kind.build(), *arguments, latent, seeds="1", steps=1, levels=1
+    ).args
+    assert math.isfinite(psnr) and grid.ndim == 4 and "PSNR" in table

@@ -21,6 +21,40 @@ REAL["sdxl-refiner"] = (
         "adm_in_channels": 2560,
     },
 )
+for _name, _class, _blocks, _down, _middle, _up in (
+    ("ssd-1b", "SSD1B", 2, [0, 0, 2, 2, 4, 4], -1, [0, 0, 0, 1, 1, 2, 10, 4, 4]),
+    ("segmind-vega", "Segmind_Vega", 2, [0, 0, 1, 1, 2, 2], -1, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
+    ("koala-700m", "KOALA_700M", 1, [0, 2, 5], -2, [0, 0, 2, 2, 5, 5]),
+    ("koala-1b", "KOALA_1B", 1, [0, 2, 6], 6, [0, 0, 2, 2, 6, 6]),
+):
+    REAL[_name] = (
+        _class,
+        {
+            **_XL,
+            "num_res_blocks": [_blocks] * 3,
+            "transformer_depth": _down,
+            "transformer_depth_middle": _middle,
+            "transformer_depth_output": _up,
+        },
+    )
+REAL["svd"] = (
+    "SVD_img2vid",
+    {
+        **_SD,
+        "in_channels": 8,
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+        "context_dim": 1024,
+        "adm_in_channels": 768,
+        "use_temporal_attention": True,
+        "use_temporal_resblock": True,
+        "extra_ff_mix_layer": True,
+        "use_spatial_context": True,
+        "merge_strategy": "learned_with_images",
+        "merge_factor": 0.0,
+        "video_kernel_size": [3, 1, 1],
+    },
+)
 # What makes each of those small enough to run in a test.
 SMALL = {
     "sd1": {"model_channels": 32, "context_dim": 48},

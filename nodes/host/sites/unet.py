@@ -1,4 +1,4 @@
-"""UNets: SD1.x, SD2.x, SDXL and what shares their classes. Sites are `….attn1`."""
+"""UNets: SD1.x, SD2.x, SDXL, SVD and what shares their classes. Sites are `….attn1`."""
 
 from collections.abc import Callable, Mapping
 
@@ -57,7 +57,11 @@ class UNetSites(ModelSites):
         if not sites:
             raise ValueError("Expected a UNet with self-attention layers, got one without any.")
         family = exact_family(model, {path: site.dim for path, site in sites.items()})
-        if family == "sd1" and model.model.model_config.unet_config.get("context_dim") == 1024:
+        config = model.model.model_config.unet_config
+        # The same layers, told apart by what else the model has.
+        if family == "sd1" and config.get("use_temporal_attention"):
+            family = "svd"
+        elif family == "sd1" and config.get("context_dim") == 1024:
             family = "sd2"
         return cls(family, sites)
 
