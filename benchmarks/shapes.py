@@ -64,6 +64,15 @@ ROWS = (
     Row("SDXL level 2", 1280, 9, 128, 20, 80),
     Row("PixArt", 1152, 13, 32, 16, 80, "sigmoid"),
     Row("PixArt", 1152, 13, 64, 16, 80, "sigmoid"),
+    # Families whose blocks are the user's own, at 1024² and what they draw at most.
+    Row("HunyuanDiT", 1408, 11, 64, 16, 88),
+    Row("Wan 1.3B", 1536, 11, 64, 12, 96),
+    Row("Anima, Cosmos-Predict2", 2048, 11, 64, 16, 128),
+    Row("Anima, Cosmos-Predict2", 2048, 11, 128, 16, 128),
+    Row("Kandinsky 5", 2560, 11, 64, 20, 160),
+    Row("Wan 2.2 5B", 3072, 11, 32, 24, 192),
+    Row("LTX-Video 13B", 4096, 11, 32, 32, 256),
+    Row("Wan 14B, Cosmos-Predict2 14B", 5120, 11, 64, 40, 320),
 )
 # 256² to 16384² pixels of SD1.5, eight to a latent cell.
 SWEEP = tuple(

@@ -31,6 +31,11 @@ CASES = {
     "SD1.5 middle, k 3": Case(2, 8, 8, 1280, 3),
     "SDXL level 2, k 9": Case(2, 32, 32, 1280, 9),
     "PixArt, k 13": Case(2, 32, 32, 1152, 13, gate="sigmoid"),
+    "HunyuanDiT, k 11": Case(2, 64, 64, 1408, 11),
+    "Wan 1.3B, k 11": Case(2, 64, 64, 1536, 11),
+    "Anima, Cosmos-Predict2, k 11": Case(2, 64, 64, 2048, 11),
+    "Wan 2.2 5B, k 11": Case(2, 32, 32, 3072, 11),
+    "Wan 14B, k 11": Case(2, 64, 64, 5120, 11),
     "largest kernel, k 17": Case(2, 128, 128, 640, 17),
 }
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

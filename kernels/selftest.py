@@ -35,6 +35,11 @@ REAL = {
     15: Case(3, 72, 2, 640, 15),
     17: Case(3, 72, 2, 320, 17),
 }
+# What users distill themselves: HunyuanDiT's odd width, Anima's, the widest of Wan. They compile the
+# same programs; their sums are longer.
+WIDE = {
+    11: (Case(1, 64, 4, 1408, 11), Case(1, 64, 4, 2048, 11), Case(1, 64, 4, 5120, 11)),
+}
 KERNEL_SIZES = tuple(REAL)
 SECONDS = 30.0
 
@@ -77,25 +82,25 @@ def self_test(
             progress(done + 1, len(plan))
 
 
-def cases(size: int, device: torch.device) -> tuple[Case, Case]:
-    """A ragged map (odd sides, partial tiles) and a real one, with different gates."""
-    real = REAL[size]
+def cases(size: int, device: torch.device) -> tuple[Case, ...]:
+    """A ragged map (odd sides, partial tiles) and real ones, with different gates."""
+    real, wide = REAL[size], WIDE.get(size, ())
     if device.type == "cpu":
         # torch compiles nothing per shape: fewer channels test as much.
-        real = real._replace(dim=64)
+        real, wide = real._replace(dim=64), ()
     other = "scaled" if real.gate == "sigmoid" else "sigmoid"
     # Blocks of the authors' first release have biases: over the sizes, test every subset of scales.
     biased = ((0, 1), (1,), (0,))[size // 2 % 3]
-    return Case(2, 23, 37, 64, size, gate=other, biased=biased), real
+    return Case(2, 23, 37, 64, size, gate=other, biased=biased), real, *wide
 
 
 def _verdict(device: torch.device, dtype: torch.dtype, size: int, direction: str) -> Verdict:
-    ragged, real = cases(size, device)
+    ragged, *real = cases(size, device)
     if direction == "backward":
         ragged = ragged._replace(batch=1, height=11)
     measure = forward_errors if direction == "forward" else gradient_errors
     ran, bad = [], []
-    for case in (ragged, real):
+    for case in (ragged, *real):
         shape = f"at {list(case[:4])}, {case.gate}"
         try:
             # Nodes run in inference mode, where no gradient can be recorded.
