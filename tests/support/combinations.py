@@ -1,4 +1,4 @@
-"""Small real models of four families, and what ComfyUI's own nodes do to a MODEL, by name."""
+"""Small real models of eight families, and what ComfyUI's own nodes do to a MODEL, by name."""
 
 import importlib
 from collections.abc import Callable
@@ -93,11 +93,27 @@ def anima():
     return Case(model, latent, _condition(8, TEXT, 1), _condition(8, TEXT, 2), ".self_attn.q")
 
 
+def _of_kind(name):
+    """A case of one of the other transformers."""
+
+    def case():
+        from family_models import KINDS
+
+        kind = KINDS[name]
+        sides = (12, 16) if kind.size != kind.map_size else (6, 8)
+        prompts = kind.prompt(1), kind.prompt(2)
+        part = f"{kind.path.split('{}')[1]}."
+        return Case(kind.build(), kind.latent(sides), *prompts, part)
+
+    return case
+
+
 FAMILIES: dict[str, Callable[[], Case]] = {
     "SD1.5-like UNet": sd15,
     "SDXL-like UNet": sdxl,
     "PixArt": pixart,
     "Anima": anima,
+    **{name: _of_kind(name) for name in ("HunyuanDiT", "Wan", "Kandinsky 5", "LTX-Video")},
 }
 
 
