@@ -35,8 +35,8 @@ REAL = {
     15: Case(3, 72, 2, 640, 15),
     17: Case(3, 72, 2, 320, 17),
 }
-# What users distill themselves: HunyuanDiT's odd width, Anima's, the widest of Wan. They compile the
-# same programs; their sums are longer.
+# What users distill themselves: HunyuanDiT's odd width, Anima's, the widest of Wan. They
+# compile the same programs; their sums are longer.
 WIDE = {
     11: (Case(1, 64, 4, 1408, 11), Case(1, 64, 4, 2048, 11), Case(1, 64, 4, 5120, 11)),
 }

@@ -22,8 +22,10 @@ from host_models import bits
 pytestmark = pytest.mark.usefixtures("distilling")
 
 
-# Anima is Cosmos-Predict2's class with text modules, which are slow to make.
-@pytest.fixture(params=[name for name in KINDS if name != "Anima"])
+# Anima is Cosmos-Predict2's class with text modules, which take a second to make each time.
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.long] * (name == "Anima")) for name in KINDS]
+)
 def kind(request):
     return KINDS[request.param]
 
@@ -78,7 +80,7 @@ def node(kind, model, **changes):
         "seed": 0,
         "folder": "run",
         "save_every": 100,
-        "preview_every": 1000,
+        "preview_every": 0,
         "initialization": "random",
         "samples": 2,
         "sample_size": 8,
@@ -93,9 +95,7 @@ def test_three_stages_from_latents_leave_the_base_as_it_was(kind, model, reloads
     stock = kind.sample(model, 1)
     samples = smooth(kind, 2)
     latents = {"samples": samples[:, :, None] if kind.frames else samples}
-    weights, losses, report = node(
-        kind, model, latents=latents, joint_steps=2 * reloads, preview_every=0
-    )
+    weights, losses, report = node(kind, model, latents=latents, joint_steps=2 * reloads)
     assert len(losses["loss"]) == 2 + 2 * reloads and all(map(math.isfinite, losses["loss"]))
     assert "layers: 2 steps" in report and ("joint: 2 steps" in report) == reloads
     assert list(weights.sites) == kind.sites and weights.gate == "scaled"
@@ -105,6 +105,7 @@ def test_three_stages_from_latents_leave_the_base_as_it_was(kind, model, reloads
     assert torch.equal(kind.sample(model, 1), stock)
 
 
+@pytest.mark.any_comfyui
 def test_own_samples_are_drawn_judged_and_chosen_from(kind, model, monkeypatch):
     from comfyui_deltaconv.nodes.choose import DeltaConvChoose
     from comfyui_deltaconv.nodes.evaluate import DeltaConvEvaluate
@@ -156,6 +157,7 @@ def test_informed_blocks_beat_random_ones(kind, model, reloads):
     assert not reloads or whole["informed"][2] < whole["informed"][1]
 
 
+@pytest.mark.any_comfyui
 def test_initialization_sees_what_attention_compares(kind, model):
     """q and k behind norms and rotary positions, without a change of what the model predicts."""
     from comfyui_deltaconv.deltaconv.distillation.teacher import in_place_of_attention
@@ -235,6 +237,7 @@ def test_gradients_are_those_without_recomputation(kind, model, reloads):
     assert found[0] == pytest.approx(found[1], rel=1e-4) and all(found[0])
 
 
+@pytest.mark.any_comfyui
 def test_latents_of_another_kind_are_refused_before_anything_is_changed(kind, model):
     shapes = [(1, kind.channels + 1, *kind.size)]
     shapes.append((1, kind.channels, 3 if kind.frames else 1, *kind.size))
@@ -245,6 +248,23 @@ def test_latents_of_another_kind_are_refused_before_anything_is_changed(kind, mo
     assert not model.object_patches
 
 
+@pytest.mark.any_comfyui
+@pytest.mark.parametrize("kind", ["Wan", "LTX-Video", "HunyuanDiT"], indirect=True)
+def test_previews_show_a_latent_of_any_kind(kind, model, monkeypatch):
+    """By the family's own factors, which some formats have for latents with frames alone."""
+    import latent_preview
+    from comfy.cli_args import args
+    from comfyui_deltaconv.nodes.host.preview import LivePreview
+    from comfyui_deltaconv.nodes.host.teacher import ComfyTeacher
+
+    by_factors = latent_preview.LatentPreviewMethod.Latent2RGB
+    monkeypatch.setattr(args, "preview_method", by_factors)
+    with torch.inference_mode(False):
+        picture = LivePreview(ComfyTeacher(model), 1)._decode(smooth(kind, 1)[0])
+    assert picture.size == kind.size[::-1]
+
+
+@pytest.mark.any_comfyui
 def test_pictures_of_a_vae_of_videos_are_compared(comfy):
     """Wan's gives [B, T, H, W, 3]; Anima and Cosmos-Predict2 have the same."""
     import comfy.ldm.wan.vae

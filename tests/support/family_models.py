@@ -8,6 +8,8 @@ import torch
 from host_models import host_model, stored_model
 
 TEXT = 32
+# Families whose latents are of another format than those of their kind.
+_OTHER_CLASS = {"wan2.2-5b": "WAN22_T2V"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Kind:
     def sites(self) -> list[str]:
         """Site paths of the small model."""
         return [self.path.format(index) for index in range(self.depth)]
+
+    def real_model(self, family):
+        """A MODEL of real size without memory for its weights."""
+        class_name = _OTHER_CLASS.get(family, self.class_name)
+        return host_model(class_name, dict(self.real[family]), "meta")
 
     def build(self, device="cpu", dtype=None):
         """A small MODEL with random weights."""

@@ -86,6 +86,7 @@ def test_a_guide_of_ltx_video_is_another_frame(comfy, caplog):
 def test_a_mask_of_ltx_videos_attention(comfy):
     """As its guides bring it."""
     from comfyui_deltaconv.nodes.host.sites import OTHERS, find_sites
+    from comfyui_deltaconv.nodes.host.sites.base import GIVEN
 
     kind = KINDS["LTX-Video"]
     model = kind.build()
@@ -97,6 +98,12 @@ def test_a_mask_of_ltx_videos_attention(comfy):
     given = found.example_call(model.model.diffusion_model, site, x, kind.size, {})
     for mask in (None, torch.zeros(1, 1, 63, 63)):
         assert torch.equal(forward(x, mask=mask, **given), module(x, mask=mask, **given))
+    seen = []
+    inspected = found.inspecting(site, module, module.forward, seen.append)
+    for mask in (None, torch.zeros(1, 1, 63, 63)):
+        assert torch.equal(inspected(x, mask=mask, **given), module(x, mask=mask, **given))
+    # q and k do not tell what a mask leaves of them.
+    assert [heads.problem for heads in seen] == ["", GIVEN] and seen[1].q is None
     assert [call.problem for call in calls] == ["", OTHERS]
     assert [call.is_whole_map(kind.dim) for call in calls] == [True, False]
 
