@@ -25,6 +25,7 @@ PURPOSE = {
     "deltaconv/hub": "files on Hugging Face",
     "deltaconv/locality": "where attention looks",
     "deltaconv/pictures": "metrics, sheets, figures",
+    "deltaconv/scale": "many processes, stored data",
     "deltaconv/weights": "files and what they fit",
     "kernels": "definitions and their fast forms",
 }

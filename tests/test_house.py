@@ -12,6 +12,7 @@ from comfyui_deltaconv.development import ROOT, lint
 
 HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 LAZY = {"triton", "scipy", "matplotlib", "kornia", "huggingface_hub", "bitsandbytes"}
+LAZY |= {"accelerate", "datasets", "pyarrow", "webdataset", "tensorboard"}
 # Who may know ComfyUI; the directions among these are contracts, which lint checks.
 LAYERS = {"kernels": False, "deltaconv": False, "nodes": True, "benchmarks": True, "cli": True}
 
@@ -45,7 +46,7 @@ def test_style_contracts_and_types_hold(capfd):
     code = lint.main([])
     said = "".join(capfd.readouterr())
     assert code == 0, said[-3000:]
-    assert "Contracts: 2 kept, 0 broken." in said
+    assert "Contracts: 3 kept, 0 broken." in said
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -8,7 +8,7 @@ detects a changed file.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from ..weights.file import LONGEST_RECORD, write_atomically
 from ..weights.header import open_tensors, read_header
+from ..weights.model import DeltaConvWeights
 from ..whole_file import held, remove_unfinished
 from .settings import DistillationError, StageName
 from .validation import Count, Float, problems_of
@@ -141,8 +142,11 @@ class Checkpoints:
         self.saved = state.progress.number if state else None
         return state
 
-    def save(self, state: State) -> str:
-        """Write `state`; returns its path, "" where it is saved already."""
+    def save(self, state: State, weights: Callable[[], DeltaConvWeights] | None = None) -> str:
+        """Write `state`; returns its path, "" where it is saved already.
+
+        `weights` makes the file that could be applied; a state alone does not need it.
+        """
         if self.folder is None or self.saved == state.progress.number:
             return ""
         path = save_state(self.folder, state, self.identity)
@@ -188,25 +192,41 @@ def load_state(
         try:
             tensors, metadata = _read(path)
             saved, plain = _record(metadata, "identity"), _record(metadata, "progress")
+            return taken_up(path, tensors, plain, saved, identity, shapes)
+        except DistillationError:
+            raise
         except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
             damaged.append(f"{path.name} ({error!s:.80})")
-            continue
-        _refuse_another(path, saved, identity)
-        try:
-            state = State(tensors, _PROGRESS.validate_python(plain))
-        except ValidationError as error:
-            damaged.append(f"{path.name} ({problems_of(error)[0]})")
-            continue
-        if problem := _problem(state, _chosen(shapes, state.progress.replaced)):
-            damaged.append(f"{path.name} ({problem})")
-            continue
-        return state
     if damaged:
         raise DistillationError(
             f"Expected a readable state in {folder}, got {len(damaged)} damaged: "
             f"{'; '.join(damaged)}. Delete them to begin anew, or choose another folder."
         )
     return None
+
+
+def taken_up(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    plain: object,
+    saved: object,
+    identity: Mapping[str, object],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> State:
+    """The state at `path` from its tensors, its progress as plain data, and its `saved` identity.
+
+    Raises DistillationError where that is not `identity`, ValueError where the state is damaged.
+    """
+    if not isinstance(saved, dict) or not isinstance(plain, dict):
+        raise ValueError("its record is no record")
+    _refuse_another(path, saved, identity)
+    try:
+        state = State(tensors, _PROGRESS.validate_python(plain))
+    except ValidationError as error:
+        raise ValueError(problems_of(error)[0]) from None
+    if problem := _problem(state, _chosen(shapes, state.progress.replaced)):
+        raise ValueError(problem)
+    return state
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

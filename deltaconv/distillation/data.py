@@ -1,11 +1,11 @@
 """Training data: latents with conditions; seed and position determine every draw."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from .order import EpochOrders
 from .settings import DistillationError
 from .teacher import Condition, Prediction, Teacher
 
@@ -26,9 +26,14 @@ class Batch:
 
     def parts(self, count: int) -> Iterator["Batch"]:
         """The images in at most `count` parts, equally large but for the last."""
-        size = -(-len(self) // count)
-        for at in range(0, len(self), size):
+        yield from self.split(part_sizes(len(self), count))
+
+    def split(self, sizes: Sequence[int]) -> Iterator["Batch"]:
+        """The images in parts of these sizes, which must add up to all."""
+        at = 0
+        for size in sizes:
             rows = slice(at, at + size)
+            at += size
             yield Batch(
                 self.x[rows],
                 self.sigma[rows],
@@ -50,6 +55,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+def part_sizes(images: int, count: int) -> list[int]:
+    """Images of each of at most `count` parts, equally large but for the last."""
+    size = -(-images // count)
+    return [min(size, images - at) for at in range(0, images, size)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Dataset:
     conditions: Sequence[Condition]
     unconditional: Condition
     trajectories: Sequence[Trajectory] | None = None
-    _orders: dict[tuple, list[list[int]]] = field(default_factory=dict, repr=False)
+    _orders: EpochOrders | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if not self.latents:
@@ -96,28 +107,9 @@ class Dataset:
 
     def indices(self, seed: int, batch: int, position: int) -> list[int]:
         """The images of draw number `position`: every image once per epoch, one size per batch."""
-        epoch_length = len(self._epoch(seed, batch, 0))
-        epoch, offset = divmod(position, epoch_length)
-        return self._epoch(seed, batch, epoch)[offset]
-
-    def _epoch(self, seed: int, batch: int, epoch: int) -> list[list[int]]:
-        key = (seed, batch, epoch)
-        if key not in self._orders:
-            while len(self._orders) > 3:
-                del self._orders[next(iter(self._orders))]
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-            by_size = defaultdict(list)
-            for index in torch.randperm(len(self.latents), generator=generator).tolist():
-                by_size[tuple(self.latents[index].shape)].append(index)
-            batches = []
-            for members in by_size.values():
-                # Every batch is full: the first images fill up the last one.
-                missing = -len(members) % batch
-                members += (members * (missing // len(members) + 1))[:missing]
-                batches += [members[at : at + batch] for at in range(0, len(members), batch)]
-            order = torch.randperm(len(batches), generator=generator).tolist()
-            self._orders[key] = [batches[at] for at in order]
-        return self._orders[key]
+        if self._orders is None:
+            self._orders = EpochOrders([tuple(latent.shape) for latent in self.latents])
+        return self._orders.indices(seed, batch, position)
 
 
 def draw(
@@ -131,16 +123,21 @@ def draw(
     unconditional: float,
     trajectory_share: float = 0.0,
     start: float = 0.0,
+    rows: Sequence[int] | None = None,
 ) -> Batch:
     """One batch: sigmas uniform over the steps and stratified, some conditions dropped.
 
     `start` is the share of the steps, from the noisiest on, that is left out. Every image has its
     own stratum of the rest, so that each batch covers all of its sigmas. All random numbers come
-    from `generator` on the CPU, so that they agree across devices.
+    from `generator` on the CPU, so that they agree across devices. `rows` are the images of the
+    batch that this process takes, None all of them: only these are read, and random numbers are
+    drawn for all, so that no process's share depends on how many there are.
     """
     indices = dataset.indices(seed, batch, position)
+    rows = range(batch) if rows is None else rows
+    indices = [indices[row] for row in rows]
     latents = torch.stack([dataset.latents[index] for index in indices]).float()
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = torch.randn((batch, *latents.shape[1:]), generator=generator)
     within = torch.rand(batch, generator=generator, dtype=torch.float64)
     # Shuffled: every part of a batch then covers the same range.
     strata = torch.randperm(batch, generator=generator)
@@ -148,6 +145,9 @@ def draw(
     dropped = (torch.rand(batch, generator=generator) < unconditional).tolist()
     on_path = torch.rand(batch, generator=generator) < trajectory_share
     picks = torch.rand(batch, generator=generator)
+    if len(rows) < batch:
+        noise, steps, on_path, picks = (each[rows] for each in (noise, steps, on_path, picks))
+        dropped = [dropped[row] for row in rows]
 
     device = teacher.device
     sigma = teacher.sigmas(steps).float().to(device)
@@ -175,5 +175,5 @@ def draw(
         for index, drop in zip(indices, dropped, strict=True)
     ]
     # A batch that is known in part needs the teacher's pass as a whole.
-    predicted = Prediction(*torch.stack(known, 1)) if len(known) == batch else None
+    predicted = Prediction(*torch.stack(known, 1)) if len(known) == len(rows) else None
     return Batch(x, sigma, noise, conditions, dataset.unconditional, predicted)

@@ -102,6 +102,7 @@ def joint_losses(
     share: float,
     backward: Backward,
     settings: DistillationSettings,
+    pooled: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Losses:
     """The student on its own features against the teacher: weighted loss by name.
 
@@ -110,7 +111,8 @@ def joint_losses(
     over the power of h_teacher in this part of the batch. Source of these: arXiv 2504.21292, but
     for the last. guided is the teacher loss of what a sampler steps along: every image is computed
     with its condition and without, for the other losses too. `share` is the part's weight in the
-    step.
+    step. Where a part is spread over processes, `pooled` gives the powers of h_teacher [sites] in
+    all of it for those in what is here.
     """
     weights = {name: weight for name, weight in settings.losses.items() if weight}
     by_feature = bool(weights.keys() & {"features", "normalised_features"})
@@ -144,9 +146,12 @@ def joint_losses(
             if "features" in weights:
                 losses["features"] = weights["features"] * _sum(errors.values())
             if "normalised_features" in weights:
+                powers = [goal[site].float().square().mean() for site in sites]
+                if pooled:
+                    powers = list(pooled(torch.stack(powers)))
                 relative = [
-                    error / goal[site].float().square().mean().clamp_min(_TINY)
-                    for site, error in errors.items()
+                    error / power.clamp_min(_TINY)
+                    for error, power in zip(errors.values(), powers, strict=True)
                 ]
                 weight = weights["normalised_features"]
                 losses["normalised_features"] = weight * _sum(relative) / len(relative)

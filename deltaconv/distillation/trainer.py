@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -11,15 +12,23 @@ import torch
 
 from ..block import DeltaConvBlock
 from ..geometry import BlockPlan
+from ..weights.model import DeltaConvWeights
 from .checkpoint import Checkpoints
 from .data import Batch, Dataset, draw
+from .engine import Engine
 from .initialization import initialize, refit
-from .losses import batch_losses
 from .memory_policy import MemoryPolicy
 from .plan import Pace, Plan, with_steps
-from .record import Record, memory_in_use
+from .record import Record, memory_in_use, weights_of
 from .replay import replay_of
-from .settings import DistillationError, DistillationSettings, StageName, new_blocks, read_plan
+from .settings import (
+    DistillationError,
+    DistillationSettings,
+    StageName,
+    StageSettings,
+    new_blocks,
+    read_plan,
+)
 from .student import Student, take_weights
 from .teacher import Teacher
 from .training import Training
@@ -42,6 +51,7 @@ def distill(
     folder: str | os.PathLike | None = None,
     resume: bool = True,
     progress: Callable[[float], None] = lambda share: None,
+    engine: Engine | None = None,
 ) -> Iterator[Record]:
     """Distill `teacher` into ΔConvBlocks, yielding a record per step.
 
@@ -54,9 +64,10 @@ def distill(
     for more. Without it the steps are those of `settings`. `folder` takes the states; one that
     holds a state is resumed, or refused where `resume` is False. `progress` hears the share done of
     the initialization, and may raise to stop it. Closing the generator, as an interrupt does, saves
-    first. Raises DistillationError at the call, before any data is drawn or anything is changed,
-    where the settings, the recipe or the folder's state do not fit, and at the first record where
-    another run is writing to the folder.
+    first. `engine` computes the steps; none: this process alone. With many processes an error saves
+    nothing, since the others are not where it was. Raises DistillationError at the call, before any
+    data is drawn or anything is changed, where the settings, the recipe or the folder's state do
+    not fit, and at the first record where another run is writing to the folder.
     """
     plans = read_plan(recipe, teacher.dims)
     given = {site: block for site, block in (start or {}).items() if site in plans}
@@ -69,7 +80,8 @@ def distill(
         "base": teacher.fingerprint,
         "recipe": {"gate": gate, **{site: _plain(plan) for site, plan in plans.items()}},
     }
-    checkpoints = Checkpoints(Path(folder) if folder is not None else None, identity)
+    engine = engine or Engine()
+    checkpoints = engine.checkpoints(Path(folder) if folder is not None else None, identity)
     if not resume:
         checkpoints.refuse_states()
     with torch.random.fork_rng(devices=[]):
@@ -81,7 +93,7 @@ def distill(
     training = Training(student, settings, half_base=teacher.dtype == torch.float16)
     untrained = blocks.keys() - given.keys()
     return _Run(
-        teacher, dataset, training, checkpoints, untrained, choose, plan, progress
+        teacher, dataset, training, checkpoints, untrained, choose, plan, progress, engine
     ).records()
 
 
@@ -104,8 +116,9 @@ class _Run:
         choose: Choose | None,
         plan: Plan | None,
         progress: Callable[[float], None],
+        engine: Engine,
     ):
-        self.teacher, self.dataset = teacher, dataset
+        self.teacher, self.dataset, self.engine = teacher, dataset, engine
         self.training, self.checkpoints = training, checkpoints
         self.untrained, self.progress = untrained, progress
         self.choose, self.plan = choose, plan
@@ -125,11 +138,14 @@ class _Run:
         return self.training.settings
 
     def records(self) -> Iterator[Record]:
-        with self.checkpoints.alone():
+        # One of many processes keeps other runs out for all of them.
+        with self.checkpoints.alone() if self.engine.main else nullcontext():
             yield from self._records()
 
     def _records(self) -> Iterator[Record]:
         training = self.training
+        # Whether all processes are after the same whole step: one alone always is.
+        together = self.engine.alone
         try:
             data = self.dataset() if callable(self.dataset) else self.dataset
             if not self.initialized:
@@ -153,10 +169,12 @@ class _Run:
                 # Resumed at its end: there is still a student to hand over.
                 self.notes.append("complete already")
                 yield self._record(training.stage, training.step, training.step, time.monotonic())
+            together = True
         finally:
             # Reached by an error, an interrupt and a closed generator alike.
             self.teacher.checkpointing(False)
-            self._save()
+            if together or self.engine.stopping:
+                self._save()
 
     def _initialize(self, data: Dataset) -> Record:
         started = time.monotonic()
@@ -178,7 +196,7 @@ class _Run:
     def _choose(self, choose: Choose) -> Record:
         started = time.monotonic()
         with torch.no_grad():
-            replaced, start = choose(self.training.student.blocks)
+            replaced, start = self.engine.shared(lambda: choose(self.training.student.blocks))
         self.training.choose(replaced, start)
         return self._record("choice", 1, 1, started)
 
@@ -191,8 +209,9 @@ class _Run:
 
     def _plan(self, data: Dataset, plan: Plan) -> Record:
         started = time.monotonic()
-        pace = self._pace(data)
-        self.training.adopt(plan(pace, self.settings))
+        measured = self._pace(data)
+        pace, planned = self.engine.shared(lambda: (measured, plan(measured, self.settings)))
+        self.training.adopt(planned)
         steps = (self.settings.layers.steps, self.settings.joint.steps)
         self.notes.append(f"{steps[0]} layer and {steps[1]} joint steps in all, as {pace}")
         return self._record("plan", 1, 1, started)
@@ -250,37 +269,32 @@ class _Run:
         if self.settings.joint.steps:
             self.training.begin_joint()
 
-    def _draw(self, data: Dataset, batch: int) -> Batch:
+    def _draw(self, data: Dataset, stage: StageSettings) -> Batch:
         return draw(
             data,
             self.teacher,
             self.training.generator,
             seed=self.settings.seed,
-            batch=batch,
+            batch=stage.batch,
             position=self.training.position,
             unconditional=self.settings.unconditional,
             trajectory_share=self.settings.trajectory_share if data.trajectories else 0.0,
             start=self.training.student.start,
+            rows=self.engine.rows(stage),
         )
 
     def _losses(self, data: Dataset, stage: StageName) -> dict[str, float]:
         """The losses of a batch of the stage, and their gradients."""
         training, settings = self.training, self.settings.stage(stage)
-        batch = self._draw(data, settings.batch)
+        batch = self._draw(data, settings)
 
         def losses() -> dict[str, float]:
             training.optimizer.zero()
-            return batch_losses(
-                self.teacher,
-                training.student,
-                batch,
-                self.memory.parts(settings),
-                training.optimizer.backward,
-                self.settings,
-                joint=stage == "joint",
-            )
+            parts = self.memory.parts(settings)
+            return self.engine.losses(self.teacher, training, batch, parts, stage == "joint")
 
-        return self.memory.run(settings, losses)
+        # Others could not know that this process takes smaller parts.
+        return self.memory.run(settings, losses) if self.engine.alone else losses()
 
     def _replay(self, data: Dataset):
         layers = self.settings.layers
@@ -341,7 +355,12 @@ class _Run:
         # Stopped within an update, the state before is the last good one.
         if not self.initialized or not self.training.whole:
             return ""
-        return self.checkpoints.save(self.training.state(self.memory.factor))
+        return self.checkpoints.save(self.training.state(self.memory.factor), self._weights)
+
+    def _weights(self) -> DeltaConvWeights:
+        """What the averaged weights are now."""
+        steps = len(self.training.history)
+        return weights_of(self.training.student, self.teacher, self.settings, steps=steps)
 
 
 def _planned_before(settings: DistillationSettings, saved: object) -> DistillationSettings:
