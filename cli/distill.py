@@ -17,21 +17,27 @@ The configuration is a YAML file, all of its entries optional; without one the d
                                  # code-sdxl, code-pixart (deltaconv/distillation/presets.py)
     settings: {layers: {steps: 300}, joint: {steps: 300}}   # what differs from the preset
     folder: output/distill       # state, log.jsonl and the weights, deltaconv.safetensors
+    stall: 600                   # seconds after which a process that hangs ends all of them
 
 Paths are relative to the current folder. Samples of prompts are kept in output/distill-samples.
 Ctrl-C saves; the same command goes on where it stopped. It computes on torch's accelerator where
-there is one.
+there is one. `torchrun … -m comfyui_deltaconv.cli distill` and `accelerate launch -m …` spread the
+same configuration over many GPUs and machines: docs/scale.md.
 """
 
 import argparse
 import json
-from contextlib import closing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import CommandError
 
 if TYPE_CHECKING:
+    from ..deltaconv.distillation.engine import Engine
     from .distill_config import Configuration
 
 
@@ -57,9 +63,25 @@ def run(options: argparse.Namespace) -> int:
 
 
 def distill_as(configuration: "Configuration") -> None:
-    """Distill as configured, printing a line now and then; resumes what its folder holds."""
+    """Distill as configured, printing a line now and then; resumes what its folder holds.
+
+    Started by torchrun or `accelerate launch`, each process takes its share of every batch.
+    """
+    from ..deltaconv.distillation.settings import DistillationError
+    from ..deltaconv.scale.engine import chosen_engine
+
+    try:
+        engine = chosen_engine(Path(configuration.folder) / "state", configuration.stall)
+    except DistillationError as error:
+        raise CommandError(str(error)) from error
+    with stopped_together(engine):
+        _distill(configuration, engine)
+
+
+def _distill(configuration: "Configuration", engine: "Engine") -> None:
     from ..deltaconv import write_weights
     from ..deltaconv.distillation import default_kernels, distill, weights_of
+    from ..deltaconv.distillation.choice import FASTEST
     from ..deltaconv.distillation.settings import read_plan
     from ..nodes.host.distill_time import TimeBudget
     from .distill_config import chosen_settings
@@ -69,16 +91,24 @@ def distill_as(configuration: "Configuration") -> None:
     budget = TimeBudget(60 * (configuration.minutes or 0))
     try:
         settings = chosen_settings(configuration)
+        for stage in (settings.layers, settings.joint):
+            if stage.steps or budget:
+                # Refused before the model is loaded.
+                engine.rows(stage)
         teacher = load_teacher(configuration, settings, joint=bool(budget))
         recipe = configuration.recipe or default_kernels(teacher.model_sites.levels)
         folder.mkdir(parents=True, exist_ok=True)
         # Before the teacher is loaded: a CLIP or VAE that needs its memory would push it out.
-        inputs = chosen_inputs(configuration, teacher, budget.enough_samples)
+        inputs = chosen_inputs(configuration, teacher, budget.enough_samples, engine)
         plans = read_plan(recipe, teacher.dims)
-        choose = None if configuration.recipe else _chooser(configuration, teacher, plans, inputs)
-        log = open(folder / "log.jsonl", "a", encoding="utf-8")
+        choose = None
+        if not configuration.recipe and configuration.choice != FASTEST:
+            choose = _chooser(configuration, teacher, plans, inputs, engine)
+        log = open(folder / "log.jsonl" if engine.main else os.devnull, "a", encoding="utf-8")
         with log, teacher:
-            settings = budget.fitted(settings, teacher, inputs.conditions, inputs.shape)
+            settings = engine.shared(
+                lambda: budget.fitted(settings, teacher, inputs.conditions, inputs.shape)
+            )
             records = distill(
                 teacher,
                 plans,
@@ -88,33 +118,65 @@ def distill_as(configuration: "Configuration") -> None:
                 choose=choose,
                 plan=budget.plan if budget else None,
                 folder=folder / "state",
+                engine=engine,
             )
             with closing(records):
                 for record in records:
                     log.write(json.dumps(record.to_mapping(), allow_nan=False) + "\n")
                     log.flush()
-                    if record.message or record.step in (1, record.steps) or record.step % 10 == 0:
+                    shown = record.message or record.step in (1, record.steps)
+                    if engine.main and (shown or record.step % 10 == 0):
                         print(line_of(record, budget.spent), flush=True)
                     if budget.over and record.step < record.steps:
-                        print("The time is over; the same command goes on.", flush=True)
+                        engine.ask_to_stop()
+                    if engine.stopping and record.step < record.steps:
+                        if engine.main:
+                            why = "The time is over" if budget.over else "Stopped"
+                            print(f"{why}; the same command goes on.", flush=True)
                         break
             weights = weights_of(
                 record.student, teacher, record.settings, steps=len(record.history)
             )
+        if not engine.main:
+            return
         path = write_weights(weights, folder / "deltaconv.safetensors", overwrite=True)
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
     print(f"Weights: {path}\nLog: {folder / 'log.jsonl'}")
 
 
-def _chooser(configuration: "Configuration", teacher, plans, inputs):
-    """What chooses layers and steps, and says so; None for all of them, or nothing to choose."""
-    from ..deltaconv.distillation.choice import FASTEST
+@contextmanager
+def stopped_together(engine: "Engine") -> Iterator[None]:
+    """Have Ctrl-C and a signal to end stop all of several processes after the same whole step.
+
+    Launchers pass on what the terminal has sent already, so a second signal means the same. Leaving
+    without an error lets go of the others.
+    """
+    if engine.alone:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        engine.ask_to_stop()
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    try:
+        yield
+        engine.close()
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _chooser(configuration: "Configuration", teacher, plans, inputs, engine: "Engine"):
+    """What chooses layers and steps, and says so; None where there is nothing to choose.
+
+    The first of several processes measures and chooses for all: clocks differ.
+    """
     from ..nodes.host.distill_choice import chooser
 
-    if configuration.choice == FASTEST:
-        return None
-    choose = chooser(
+    choose = engine.main and chooser(
         teacher.patcher,
         teacher,
         plans,
@@ -126,9 +188,15 @@ def _chooser(configuration: "Configuration", teacher, plans, inputs):
         seed=0,
         said=lambda sentence: print(sentence, flush=True),
     )
-    if choose is None:
-        print("No block is faster than attention at this size: all are distilled.", flush=True)
-    return choose
+    if engine.shared(lambda: choose is None):
+        if engine.main:
+            print("No block is faster than attention at this size: all are distilled.", flush=True)
+        return None
+    return choose or _asked_in_the_first_process
+
+
+def _asked_in_the_first_process(blocks) -> NoReturn:
+    raise AssertionError("Expected `Engine.shared` to ask the first process alone.")
 
 
 def line_of(record, seconds: float) -> str:

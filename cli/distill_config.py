@@ -27,6 +27,7 @@ class Configuration(BaseModel):
     preset: Literal[tuple(PRESETS)] = "default"
     settings: dict[Any, Any] = {}
     folder: str = "output/distill"
+    stall: float = Field(600.0, ge=1, le=10**6, allow_inf_nan=False)
 
 
 def read_configuration(path: Path | None) -> Configuration:

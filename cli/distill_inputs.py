@@ -12,6 +12,7 @@ import torch
 
 from ..deltaconv import demo
 from ..deltaconv.distillation import Dataset, DistillationSettings
+from ..deltaconv.distillation.engine import Engine
 from ..deltaconv.families import native_latent
 from . import CommandError
 from .distill_config import Configuration
@@ -73,9 +74,15 @@ def chosen_data(configuration: Configuration, teacher):
 
 
 def chosen_inputs(
-    configuration: Configuration, teacher, enough: Callable[[int], bool] = lambda drawn: False
+    configuration: Configuration,
+    teacher,
+    enough: Callable[[int], bool] = lambda drawn: False,
+    engine: Engine | None = None,
 ) -> Inputs:
-    """What `chosen_data` gives, with its conditions; `enough` ends the drawing of samples."""
+    """What `chosen_data` gives, with its conditions; `enough` ends the drawing of samples.
+
+    The first process of several draws them; the others read its samples.
+    """
     from ..deltaconv.distillation.own_samples import own_samples
     from ..nodes.host.conditioning import encode_prompts
 
@@ -87,6 +94,7 @@ def chosen_inputs(
     def encode(texts):
         return encode_prompts(teacher, list(map(str, texts)), teacher.clip)
 
+    engine = engine or Engine()
     (unconditional,) = encode([""])
     prompts = configuration.prompts
     if configuration.data == "demo" and teacher.family == demo.FAMILY and not prompts:
@@ -94,7 +102,7 @@ def chosen_inputs(
     if prompts:
         channels = teacher.patcher.model.latent_format.latent_channels
         shape, conditions = (channels, size // pixels, size // pixels), encode(prompts)
-        data = partial(
+        draw = partial(
             own_samples,
             teacher,
             conditions,
@@ -103,9 +111,15 @@ def chosen_inputs(
             shape,
             count=configuration.samples,
             cache=SAMPLES,
-            enough=enough,
-            progress=_say_tenths,
+            progress=_say_tenths if engine.main else lambda done, total: None,
         )
+
+        def data() -> Dataset:
+            if engine.alone:
+                return draw(enough=enough)
+            count = engine.shared(lambda: len(draw(enough=enough).latents))
+            return draw(enough=lambda drawn: drawn >= count)
+
         return Inputs(data, conditions, unconditional, shape)
     if configuration.data == "demo":
         if teacher.family != demo.FAMILY:

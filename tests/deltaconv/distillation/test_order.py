@@ -11,7 +11,7 @@ from toy_teacher import ToyTeacher
 
 
 def epoch_by_definition(sizes, seed, batch, epoch):
-    """Images in a random order, by size in full batches, the first filling up the last; shuffled."""
+    """Shuffled images in full batches of a size, the first filling up the last; shuffled."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     by_size = defaultdict(list)
     for index in torch.randperm(len(sizes), generator=generator).tolist():

@@ -18,18 +18,12 @@ from comfyui_deltaconv.deltaconv.scale.engine import (
     ParallelEngine,
     chosen_engine,
 )
+from launched import finished
 from toy_parallel import toy_run, toy_sizes
 
 # Losses whose denominators are the whole batch's, and others; both ways of dropping a condition.
 DEFAULT = '{"teacher":1.0,"normalised_features":0.3}'
 OTHER = '{"noise":0.5,"guided":1.0,"features":0.001}'
-
-
-def finished(process, code=0):
-    """Its output, once it has ended with that code."""
-    said = process.communicate(timeout=600)[0]
-    assert process.returncode == code, said[-3000:]
-    return said
 
 
 def seen_by(folder, rank=0):
