@@ -9,7 +9,7 @@ import argparse
 import signal
 import sys
 
-from . import CommandError, bench, distill, download, selftest
+from . import CommandError, bench, distill, download, precompute, selftest
 
 # To add a command: a file with a docstring, `add_arguments(parser)` and `run(options) -> int`, and
 # its row here. Its libraries are imported in `run`, so that --help is quick.
@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": (bench, "time attention, its replacements and the ΔConvBlock on this machine"),
     "distill": (distill, "distill the demo, or any checkpoint, into ΔConv weights"),
     "download": (download, "list the ΔConv files that are known on Hugging Face, or fetch one"),
+    "precompute": (precompute, "encode pictures and captions once, for distill to train on"),
     "selftest": (selftest, "compare the kernels with their definition on this machine's device"),
 }
 ALIASES = {"distill": ["distil"]}

@@ -3,8 +3,13 @@
 The configuration is a YAML file, all of its entries optional; without one the demo is distilled:
 
     model: demo                  # or the path of a checkpoint that ComfyUI loads
-    data: demo                   # or a folder of pictures, each with a .txt of its caption; the
-                                 # demo's own are in the repository alone: else it draws samples
+    data: demo                   # or a folder of pictures, each with a .txt of its caption; or
+                                 # WebDataset shards, such as shards/{000..123}.tar; the demo's own
+                                 # are in the repository alone: else it draws samples
+    buckets: false               # true: cut pictures to the nearest of several aspect ratios
+    corrupt: 0.0                 # the share of pictures that may be unreadable, and is skipped
+    store: output/store          # train on what `deltaconv precompute` made of the data there
+    workers: 0                   # processes that read the store ahead
     prompts: [red apple]         # instead of data: train on the model's own samples
     samples: 64                  # how many of them
     size: 64                     # width and height of the pictures in pixels; default: the model's
@@ -95,7 +100,8 @@ def _distill(configuration: "Configuration", engine: "Engine") -> None:
             if stage.steps or budget:
                 # Refused before the model is loaded.
                 engine.rows(stage)
-        teacher = load_teacher(configuration, settings, joint=bool(budget))
+        encoders = not configuration.store
+        teacher = load_teacher(configuration, settings, joint=bool(budget), encoders=encoders)
         recipe = configuration.recipe or default_kernels(teacher.model_sites.levels)
         folder.mkdir(parents=True, exist_ok=True)
         # Before the teacher is loaded: a CLIP or VAE that needs its memory would push it out.

@@ -27,6 +27,10 @@ class Configuration(BaseModel):
     preset: Literal[tuple(PRESETS)] = "default"
     settings: dict[Any, Any] = {}
     folder: str = "output/distill"
+    buckets: bool = False
+    corrupt: float = Field(0.0, ge=0, lt=1)
+    store: str | None = None
+    workers: int = Field(0, ge=0, le=1024)
     stall: float = Field(600.0, ge=1, le=10**6, allow_inf_nan=False)
 
 

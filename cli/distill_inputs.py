@@ -19,15 +19,19 @@ from .distill_config import Configuration
 
 # Shared by all runs of this folder: drawing them takes longer than most of what follows.
 SAMPLES = Path("output", "distill-samples")
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def load_teacher(
-    configuration: Configuration, settings: DistillationSettings, *, joint: bool = False
+    configuration: Configuration,
+    settings: DistillationSettings,
+    *,
+    joint: bool = False,
+    encoders: bool = True,
 ):
     """The packaged demo teacher, or the checkpoint that the configuration names.
 
     Gradients pass through it for the joint steps of the settings, or where `joint` may get some.
+    Without `encoders` neither CLIP nor VAE is loaded.
     """
     from ..nodes.host.demo_model import load_demo_model
     from ..nodes.host.teacher import ComfyTeacher
@@ -42,7 +46,9 @@ def load_teacher(
         if not Path(name).is_file():
             raise CommandError(f"Expected a checkpoint, got {name}, which is not there.")
         try:
-            model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(
+                name, output_vae=encoders, output_clip=encoders
+            )[:3]
         except Exception as error:
             # Whatever its loaders raise for a file that is damaged or of no known model.
             raise CommandError(f"ComfyUI cannot load {name}: {error!s:.200}.") from error
@@ -86,15 +92,13 @@ def chosen_inputs(
     from ..deltaconv.distillation.own_samples import own_samples
     from ..nodes.host.conditioning import encode_prompts
 
-    pixels = 8 if teacher.vae is not None else 1
-    size = configuration.size or pixels * native_latent(teacher.family)
-    if size < pixels:
-        raise CommandError(f"Expected a size of {pixels} pixels or more, got {size}.")
-
     def encode(texts):
         return encode_prompts(teacher, list(map(str, texts)), teacher.clip)
 
     engine = engine or Engine()
+    if configuration.store:
+        return _stored(configuration, teacher)
+    pixels, size = _pixels(teacher), picture_size(configuration, teacher)
     (unconditional,) = encode([""])
     prompts = configuration.prompts
     if configuration.data == "demo" and teacher.family == demo.FAMILY and not prompts:
@@ -127,8 +131,9 @@ def chosen_inputs(
         pictures, captions = demo.pictures()
         latents = list(pictures)
     else:
-        pictures, captions = read_folder(Path(configuration.data), size)
-        latents = [_encode_picture(teacher, picture) for picture in pictures]
+        sizes = picture_sizes(configuration, teacher)
+        pictures, captions = read_pictures(configuration, sizes)
+        latents = [encode_picture(teacher, picture) for picture in pictures]
     data = Dataset(latents, encode(captions), unconditional)
     return Inputs(data, data.conditions, unconditional, tuple(latents[0].shape))
 
@@ -153,29 +158,96 @@ def _say_tenths(done: int, total: int) -> None:
         print(f"own samples: {done / total:.0%}", flush=True)
 
 
-def read_folder(folder: Path, size: int) -> tuple[list[torch.Tensor], list[str]]:
-    """Pictures [size, size, 3] in 0…1, cut to squares, and their captions from .txt files."""
-    import numpy as np
-    from PIL import Image, ImageOps
+def _stored(configuration: Configuration, teacher) -> Inputs:
+    from ..deltaconv.scale.store import StoredData, is_store
 
-    if not folder.is_dir():
-        raise CommandError(f"Expected a folder of pictures, got {folder}, which is none.")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
-    if not files:
-        raise CommandError(f"Expected pictures ({', '.join(_ENDINGS)}) in {folder}, got none.")
+    folder = Path(configuration.store or "")
+    if not is_store(folder):
+        raise CommandError(
+            f"Expected a store in {folder}, got none. Make it with deltaconv precompute and the "
+            "same configuration, or leave the entry store out."
+        )
+    data = StoredData(
+        folder,
+        base=teacher.fingerprint,
+        corrupt=configuration.corrupt,
+        workers=configuration.workers,
+    )
+    if data.skipped:
+        print(f"{len(data.skipped)} of {len(data) + len(data.skipped)} items were skipped.")
+    # What is asked before the training: the pace of a call, and a choice of layers.
+    return Inputs(data, data.conditions[:8], data.unconditional, tuple(data.latents[0].shape))
+
+
+def _pixels(teacher) -> int:
+    """Pixels of a picture per cell of its latent, in width or height."""
+    return 8 if teacher.vae is not None else 1
+
+
+def picture_size(configuration: Configuration, teacher) -> int:
+    """The side of the square that has as many pixels as each picture is cut to."""
+    pixels = _pixels(teacher)
+    size = configuration.size or pixels * native_latent(teacher.family)
+    if size < pixels:
+        raise CommandError(f"Expected a size of {pixels} pixels or more, got {size}.")
+    return size
+
+
+def picture_sizes(configuration: Configuration, teacher) -> list[tuple[int, int]]:
+    """(width, height) that pictures are cut to: the square alone, or the buckets."""
+    from ..deltaconv.scale.buckets import buckets
+
+    size = picture_size(configuration, teacher)
+    # Sides that every level of a model halves.
+    return buckets(size, 8 * _pixels(teacher)) if configuration.buckets else [(size, size)]
+
+
+def read_pictures(
+    configuration: Configuration, sizes: Sequence[tuple[int, int]]
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Pictures [H, W, 3] in 0…1 of the data, cut to the nearest of `sizes`, and their captions."""
+    from ..deltaconv.scale.sources import Corruption
+
+    source, corruption = source_of(configuration), Corruption(configuration.corrupt)
     pictures, captions = [], []
-    for file in files:
-        caption = file.with_suffix(".txt")
-        try:
-            picture = ImageOps.fit(Image.open(file).convert("RGB"), (size, size))
-            captions.append(caption.read_text(encoding="utf-8").strip() if caption.exists() else "")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise CommandError(f"Cannot use {file}: {error}.") from error
-        pictures.append(torch.from_numpy(np.array(picture, dtype=np.float32) / 255))
+    try:
+        for part in range(source.parts):
+            for item in source.items(part):
+                if found := corruption.read(item):
+                    pictures.append(cut(found[0], sizes))
+                    captions.append(found[1])
+        corruption.check()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if corruption.skipped:
+        print(f"{corruption}: {', '.join(corruption.skipped)}.", flush=True)
+    if not pictures:
+        raise CommandError(f"Expected readable pictures in {configuration.data}, got none.")
     return pictures, captions
 
 
-def _encode_picture(teacher, picture: torch.Tensor) -> torch.Tensor:
+def source_of(configuration: Configuration):
+    """The captioned pictures that the entry `data` names."""
+    from ..deltaconv.scale.sources import pictures_of
+
+    try:
+        return pictures_of(configuration.data)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def cut(picture, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """A Pillow picture → [H, W, 3] in 0…1, scaled and cut to the nearest of `sizes`."""
+    import numpy as np
+    from PIL import ImageOps
+
+    from ..deltaconv.scale.buckets import nearest
+
+    fitted = ImageOps.fit(picture, nearest(*picture.size, list(sizes)))
+    return torch.from_numpy(np.array(fitted, dtype=np.float32) / 255)
+
+
+def encode_picture(teacher, picture: torch.Tensor) -> torch.Tensor:
     """[H, W, 3] in 0…1 → latent [C, h, w]: through the VAE, or as it is for a model in pixels."""
     samples = picture[None]
     if teacher.vae is not None:

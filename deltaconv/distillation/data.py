@@ -111,6 +111,15 @@ class Dataset:
             self._orders = EpochOrders([tuple(latent.shape) for latent in self.latents])
         return self._orders.indices(seed, batch, position)
 
+    def images(
+        self, seed: int, batch: int, position: int, rows: Sequence[int]
+    ) -> tuple[list[int], list[torch.Tensor], list[Condition]]:
+        """Index, latent and condition of these rows of draw number `position`."""
+        indices = self.indices(seed, batch, position)
+        chosen = [indices[row] for row in rows]
+        latents = [self.latents[index] for index in chosen]
+        return chosen, latents, [self.conditions[index] for index in chosen]
+
 
 def draw(
     dataset: Dataset,
@@ -133,10 +142,9 @@ def draw(
     batch that this process takes, None all of them: only these are read, and random numbers are
     drawn for all, so that no process's share depends on how many there are.
     """
-    indices = dataset.indices(seed, batch, position)
     rows = range(batch) if rows is None else rows
-    indices = [indices[row] for row in rows]
-    latents = torch.stack([dataset.latents[index] for index in indices]).float()
+    indices, images, captions = dataset.images(seed, batch, position, rows)
+    latents = torch.stack(images).float()
     noise = torch.randn((batch, *latents.shape[1:]), generator=generator)
     within = torch.rand(batch, generator=generator, dtype=torch.float64)
     # Shuffled: every part of a batch then covers the same range.
@@ -171,8 +179,8 @@ def draw(
                 with_condition, without = path.predicted[point].to(x)
                 known.append(torch.stack([without if dropped[row] else with_condition, without]))
     conditions = [
-        dataset.unconditional if drop else dataset.conditions[index]
-        for index, drop in zip(indices, dropped, strict=True)
+        dataset.unconditional if drop else caption
+        for caption, drop in zip(captions, dropped, strict=True)
     ]
     # A batch that is known in part needs the teacher's pass as a whole.
     predicted = Prediction(*torch.stack(known, 1)) if len(known) == len(rows) else None

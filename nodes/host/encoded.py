@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-# Most entries cached: more than any batch, less than a data set of long captions.
-_KEPT = 4096
+# Most entries cached, and bytes of them: more than any batch, less than a data set of captions.
+_KEPT, _KEPT_BYTES = 4096, 2**29
 
 
 class EncodedConditions:
@@ -14,10 +14,12 @@ class EncodedConditions:
     def __init__(self, patcher, device: torch.device):
         self.patcher, self.device = patcher, device
         self._encoded: dict[tuple, tuple[object, dict]] = {}
+        self._bytes = 0
 
     def clear(self) -> None:
         """Forget all entries."""
         self._encoded.clear()
+        self._bytes = 0
 
     def batches(self, entries: Sequence, x: torch.Tensor) -> list[tuple[list[int], dict]]:
         """One entry per row of x [B, C, (T,) H, W] → (rows, keyword arguments) of each forward.
@@ -38,8 +40,8 @@ class EncodedConditions:
     def _encode(self, entry, x: torch.Tensor) -> dict:
         key = (id(entry), *x.shape[2:])
         if key not in self._encoded:
-            if len(self._encoded) > _KEPT:
-                self._encoded.clear()
+            if len(self._encoded) > _KEPT or self._bytes > _KEPT_BYTES:
+                self.clear()
             options = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **entry[1]}
             tensor = entry[0].clone()
             options |= {"cross_attn": tensor, "device": self.device, "noise": x.detach()}
@@ -51,7 +53,13 @@ class EncodedConditions:
             }
             # Keep the entry beside its key: an id is unique only while its object lives.
             self._encoded[key] = (entry, conds)
+            self._bytes += _bytes_of(entry[0], *entry[1].values())
+            self._bytes += _bytes_of(*(cond.cond for cond in conds.values()))
         return self._encoded[key][1]
+
+
+def _bytes_of(*values: object) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 def _fit(a: dict, b: dict) -> bool:

@@ -11,7 +11,7 @@ import torch
 from comfyui_deltaconv.cli import CommandError, distill
 from comfyui_deltaconv.cli.distill import distill_as
 from comfyui_deltaconv.cli.distill_config import Configuration, chosen_settings, read_configuration
-from comfyui_deltaconv.cli.distill_inputs import read_folder
+from comfyui_deltaconv.cli.distill_inputs import read_pictures
 from comfyui_deltaconv.deltaconv import demo, read_weights
 from comfyui_deltaconv.deltaconv.distillation import PRESETS, code_settings, paper_settings
 
@@ -113,7 +113,7 @@ def test_pictures_are_what_the_sheet_says():
 
 def test_pictures_come_with_their_captions(pictures):
     (pictures / "2.txt").unlink()
-    found, captions = read_folder(pictures, 8)
+    found, captions = read_pictures(Configuration(data=str(pictures)), [(8, 8)])
     assert [tuple(picture.shape) for picture in found] == [(8, 8, 3)] * 3
     assert captions[:2] == demo.pictures()[1][:2] and captions[2] == ""
     assert all(0 <= picture.min() and picture.max() <= 1 for picture in found)
@@ -124,7 +124,7 @@ def test_folders_without_usable_pictures_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(CommandError, match="Expected pictures" if content is None else "a.png"):
-        read_folder(tmp_path, 8)
+        read_pictures(Configuration(data=str(tmp_path)), [(8, 8)])
 
 
 def test_configuration_problems_are_listed_together(tmp_path):
