@@ -22,6 +22,8 @@ The configuration is a YAML file, all of its entries optional; without one the d
                                  # code-sdxl, code-pixart (deltaconv/distillation/presets.py)
     settings: {layers: {steps: 300}, joint: {steps: 300}}   # what differs from the preset
     folder: output/distill       # state, log.jsonl and the weights, deltaconv.safetensors
+    tensorboard: false           # true: losses, rates and pictures in the folder, for TensorBoard
+    pictures_every: 500          # steps between its pictures; 0: none
     stall: 600                   # seconds after which a process that hangs ends all of them
 
 Paths are relative to the current folder. Samples of prompts are kept in output/distill-samples.
@@ -35,7 +37,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -43,6 +45,7 @@ from . import CommandError
 
 if TYPE_CHECKING:
     from ..deltaconv.distillation.engine import Engine
+    from ..deltaconv.scale.board import Board
     from .distill_config import Configuration
 
 
@@ -126,8 +129,11 @@ def _distill(configuration: "Configuration", engine: "Engine") -> None:
                 folder=folder / "state",
                 engine=engine,
             )
-            with closing(records):
+            board = _board(configuration, teacher, inputs) if engine.main else None
+            with closing(records), closing(board) if board else nullcontext():
                 for record in records:
+                    if board:
+                        board.add(record)
                     log.write(json.dumps(record.to_mapping(), allow_nan=False) + "\n")
                     log.flush()
                     shown = record.message or record.step in (1, record.steps)
@@ -173,6 +179,24 @@ def stopped_together(engine: "Engine") -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
+
+
+def _board(configuration: "Configuration", teacher, inputs) -> "Board | None":
+    """What writes for TensorBoard; None where it is not asked for."""
+    if not configuration.tensorboard:
+        return None
+    from ..deltaconv.scale.board import Board
+    from ..nodes.host.preview import decoded
+
+    return Board(
+        Path(configuration.folder) / "tensorboard",
+        teacher,
+        inputs.conditions,
+        inputs.unconditional,
+        inputs.shape,
+        lambda latent: decoded(teacher, latent),
+        configuration.pictures_every,
+    )
 
 
 def _chooser(configuration: "Configuration", teacher, plans, inputs, engine: "Engine"):

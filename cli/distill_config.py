@@ -31,6 +31,8 @@ class Configuration(BaseModel):
     corrupt: float = Field(0.0, ge=0, lt=1)
     store: str | None = None
     workers: int = Field(0, ge=0, le=1024)
+    tensorboard: bool = False
+    pictures_every: int = Field(500, ge=0, le=10**8)
     stall: float = Field(600.0, ge=1, le=10**6, allow_inf_nan=False)
 
 

@@ -151,12 +151,13 @@ class LivePreview:
         cfg = 4.0 if record.settings.unconditional else 1.0
         if not self.pictures:
             teachers = sample(*arguments, steps=_STEPS, cfg=cfg)
-            self.pictures = [self._decode(latent) for latent in teachers]
+            self.pictures = [decoded(self.teacher, latent) for latent in teachers]
         student = record.student
         students = sample(
             *arguments, steps=_STEPS, cfg=cfg, visit=student.visit, start=student.start
         )
-        pairs = list(zip(self.pictures, map(self._decode, students), strict=True))
+        drawn = [decoded(self.teacher, latent) for latent in students]
+        pairs = list(zip(self.pictures, drawn, strict=True))
         layers = len(record.history) - (record.step if record.stage == "joint" else 0)
         losses = [
             ("layers" if step < layers else "joint", loss)
@@ -164,17 +165,16 @@ class LivePreview:
         ]
         return progress_picture(losses, pairs, text)
 
-    def _decode(self, latent: torch.Tensor):
-        """latent [C, H, W] → a small PIL picture, as ComfyUI previews latents of this kind."""
-        if latent.shape[0] == 3:
-            return latent_preview.preview_to_image(latent.movedim(0, -1).float())
-        previewer = latent_preview.get_previewer(
-            self.teacher.device, self.teacher.patcher.model.latent_format
-        )
-        if previewer is None:
-            # Previews are off: show the first channels.
-            return latent_preview.preview_to_image(latent[:3].movedim(0, -1).float())
-        return previewer.decode_latent_to_preview(self.teacher.with_frame(latent[None]))
+
+def decoded(teacher: ComfyTeacher, latent: torch.Tensor):
+    """latent [C, H, W] → a small PIL picture, as ComfyUI previews latents of this kind."""
+    if latent.shape[0] == 3:
+        return latent_preview.preview_to_image(latent.movedim(0, -1).float())
+    previewer = latent_preview.get_previewer(teacher.device, teacher.patcher.model.latent_format)
+    if previewer is None:
+        # Previews are off: show the first channels.
+        return latent_preview.preview_to_image(latent[:3].movedim(0, -1).float())
+    return previewer.decode_latent_to_preview(teacher.with_frame(latent[None]))
 
 
 def _duration(seconds: float) -> str:

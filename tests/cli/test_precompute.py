@@ -14,6 +14,9 @@ from comfyui_deltaconv.deltaconv import demo, read_weights
 from comfyui_deltaconv.deltaconv.distillation import DistillationSettings
 from comfyui_deltaconv.deltaconv.scale import sources
 from launched import finished, launched
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SITE = "middle_block.1.transformer_blocks.0.attn1"
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def configuration(tmp_path, pictures, **changes):
         "size": 32,
         "buckets": True,
         "corrupt": 0.2,
-        "recipe": {"middle_block.1.transformer_blocks.0.attn1": 3},
+        "recipe": {SITE: 3},
         "settings": {
             "init_images": 4,
             "layers": {"steps": 3, "batch": 2},
@@ -76,9 +79,18 @@ def test_a_store_is_made_in_parts_and_holds_what_its_pictures_are(
     said = capsys.readouterr().out
     assert "part 1 of 4: 3 items" in said and "part 2 of 4" not in said
     assert (store / "part-000001.arrow").stat().st_mtime_ns == before
-    distill_as(Configuration(**config))
+    distill_as(Configuration(**config, tensorboard=True, pictures_every=10))
     assert "1 of 10 items were skipped" in capsys.readouterr().out
     assert len(losses(tmp_path / "out")) == 4
+    board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [0, 1, 2, 3]
+    assert [event.value for event in board.Scalars(f"layers/{SITE}")] == pytest.approx(
+        losses(tmp_path / "out")[1:]
+    )
+    assert {"lr", "images_per_second", "memory_gib"} <= set(board.Tags()["scalars"])
+    # At the end at least.
+    for name in ("student", "teacher"):
+        assert [event.step for event in board.Images(f"pictures/{name}")] == [3]
     teacher = load_teacher(Configuration(), DistillationSettings())
     kept = chosen_inputs(Configuration(**config), teacher).data
     read = chosen_inputs(Configuration(**{**config, "store": None}), teacher).data
