@@ -35,6 +35,7 @@ COMMANDS = {
     "measures": "find which figure ranks students of the demo as their pictures do",
     "published": "fill in revision, size and hash of the authors' files from Hugging Face",
     "release": "say what still keeps this version from being published",
+    "scale": "say what distilling each family on many devices needs; --measure times it here",
     "selftest": "compare the kernels with their definition on this machine's device",
     "serve": "start ComfyUI with the pack loaded, for your browser",
     "test": "run the tests; --all adds the long tier, the rest goes to pytest",
