@@ -12,7 +12,7 @@ from comfyui_deltaconv.cli.distill_inputs import chosen_inputs, load_teacher
 from comfyui_deltaconv.cli.precompute import precompute_as
 from comfyui_deltaconv.deltaconv import demo, read_weights
 from comfyui_deltaconv.deltaconv.distillation import DistillationSettings
-from comfyui_deltaconv.deltaconv.scale import sources
+from comfyui_deltaconv.deltaconv.scale import board, sources
 from launched import finished, launched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -63,6 +63,7 @@ def test_a_store_is_made_in_parts_and_holds_what_its_pictures_are(
     comfy, tmp_path, pictures, monkeypatch, capsys
 ):
     monkeypatch.setattr(sources, "_FILES_OF_A_PART", 3)
+    monkeypatch.setattr(board, "_STEPS", 2)
     store = tmp_path / "store"
     config = configuration(tmp_path, pictures, store=str(store))
     # Two processes, one of which was stopped before its second part.
@@ -82,15 +83,15 @@ def test_a_store_is_made_in_parts_and_holds_what_its_pictures_are(
     distill_as(Configuration(**config, tensorboard=True, pictures_every=10))
     assert "1 of 10 items were skipped" in capsys.readouterr().out
     assert len(losses(tmp_path / "out")) == 4
-    board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("loss")] == [0, 1, 2, 3]
-    assert [event.value for event in board.Scalars(f"layers/{SITE}")] == pytest.approx(
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3]
+    assert [event.value for event in events.Scalars(f"layers/{SITE}")] == pytest.approx(
         losses(tmp_path / "out")[1:]
     )
-    assert {"lr", "images_per_second", "memory_gib"} <= set(board.Tags()["scalars"])
+    assert {"lr", "images_per_second", "memory_gib"} <= set(events.Tags()["scalars"])
     # At the end at least.
     for name in ("student", "teacher"):
-        assert [event.step for event in board.Images(f"pictures/{name}")] == [3]
+        assert [event.step for event in events.Images(f"pictures/{name}")] == [3]
     teacher = load_teacher(Configuration(), DistillationSettings())
     kept = chosen_inputs(Configuration(**config), teacher).data
     read = chosen_inputs(Configuration(**{**config, "store": None}), teacher).data
