@@ -21,6 +21,7 @@ from ..distillation.settings import DistillationError, StageSettings
 from ..distillation.student import Optimizer, Student
 from ..distillation.teacher import Teacher
 from ..distillation.training import Training
+from ..memory import is_out_of_memory
 from .checkpoint import Processes, ShardedCheckpoints, sharded_states
 
 _T = TypeVar("_T")
@@ -127,9 +128,26 @@ class ParallelEngine(Engine):
     def losses(
         self, teacher: Teacher, training: Training, batch: Batch, parts: int, joint: bool
     ) -> dict[str, float]:
-        """The losses of the whole batch, whose gradients are then set; `batch` holds `rows`."""
-        step = self._wrapped(training)
+        """The losses of the whole batch, whose gradients are then set; `batch` holds `rows`.
+
+        Raises DistillationError where memory runs out: the others could not take smaller parts.
+        """
         stage = training.settings.stage("joint" if joint else "layers")
+        try:
+            return self._losses(teacher, training, batch, stage, joint)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DistillationError(
+                f"Expected memory for {len(batch)} images in {len(self._parts(stage))} parts, got "
+                "too little. Set a larger accumulate, a smaller batch, checkpointing, or start "
+                "more processes; the last state goes on."
+            ) from error
+
+    def _losses(
+        self, teacher: Teacher, training: Training, batch: Batch, stage: StageSettings, joint: bool
+    ) -> dict[str, float]:
+        step = self._wrapped(training)
         # With many processes the parts are those of the settings: `parts` could differ.
         mine = list(batch.split([len(rows) for rows in self._parts(stage)]))
         if not joint:

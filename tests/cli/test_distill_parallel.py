@@ -55,7 +55,8 @@ def test_the_demo_has_the_losses_of_one_process_with_any_number_and_launcher(sta
     assert len(expected) == 41
     for count, launcher in ((2, TORCHRUN), (4, ACCELERATE)):
         name = f"of{count}"
-        said = finished(start(count, name, launcher))
+        # What is recomputed in the backward pass changes nothing.
+        said = finished(start(count, name, launcher, checkpointing=count == 4))
         assert said.count("Weights:") == 1
         found = logged(tmp_path / name)
         assert found.keys() == expected.keys()

@@ -66,6 +66,20 @@ def test_two_processes_take_the_steps_of_one_which_then_goes_on(tmp_path, start_
     assert_same_curve([*found[0]["records"], *rest], one_process(20, 23, losses=DEFAULT))
 
 
+def test_the_engine_of_one_process_takes_its_steps_and_says_where_memory_ends():
+    teacher, engine = toy.ToyTeacher(), ParallelEngine()
+    settings = toy.toy_settings(4, 4, losses={"teacher": 1.0, "normalised_features": 0.3})
+
+    def run(engine=None):
+        records = distill(teacher, toy.PLAN, toy_sizes(), settings, engine=engine)
+        return [record.loss for record in records]
+
+    assert run(engine) == pytest.approx(run(), abs=1e-6)
+    teacher.most_images = 3
+    with pytest.raises(DistillationError, match=r"memory for 4 images in 1 parts.*accumulate"):
+        run(engine)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "entries"),
