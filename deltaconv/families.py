@@ -91,6 +91,8 @@ class Family:
     # Kernel by resolution level on the way down, in the middle and on the way up; 0: no attention.
     kernels: Mapping[str, tuple[int, ...]] | None = None
     published_base: str = ""
+    # Pixels along a token of the highest resolution.
+    token: int = 8
 
     def published_kernel(self, site: str) -> int | None:
         """Kernel size the authors ship for this site; None where they ship no blocks."""
@@ -143,12 +145,15 @@ def _per_block(path: str, depth: int, dim: int) -> dict[str, int]:
     return {path.format(k): dim for k in range(depth)}
 
 
-def _own(name: str, title: str, native: int, path: str, depth: int, dim: int) -> Family:
+def _own(
+    name: str, title: str, native: int, path: str, depth: int, dim: int, token: int = 16
+) -> Family:
     """A family for which nobody publishes blocks; the gate is that of the best ones for UNets."""
-    return Family(name, title, "scaled", native, _per_block(path, depth, dim))
+    return Family(name, title, "scaled", native, _per_block(path, depth, dim), token=token)
 
 
-_SELF, _VISUAL = "blocks.{}.self_attn", "visual_transformer_blocks.{}.self_attention"
+_SELF, _LTXV = "blocks.{}.self_attn", "transformer_blocks.{}.attn1"
+_VISUAL = "visual_transformer_blocks.{}.self_attention"
 _SD_DIMS = _unet(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, (1, 1, 1, 0))
 
 FAMILIES = {
@@ -227,6 +232,7 @@ FAMILIES = {
             (),
             {"blocks": (13,)},
             "PixArt-Σ, 512 or 1024",
+            16,
         ),
         _own("cosmos-predict2", "Cosmos-Predict2 2B", 128, _SELF, 28, 2048),
         _own("cosmos-predict2-14b", "Cosmos-Predict2 14B", 128, _SELF, 36, 5120),
@@ -234,10 +240,10 @@ FAMILIES = {
         _own("hunyuandit", "HunyuanDiT", 128, "blocks.{}.attn1", 40, 1408),
         _own("wan-1.3b", "Wan 2.1 1.3B", 64, _SELF, 30, 1536),
         _own("wan-14b", "Wan 2.1 and 2.2 14B", 128, _SELF, 40, 5120),
-        _own("wan2.2-5b", "Wan 2.2 5B", 64, _SELF, 30, 3072),
+        _own("wan2.2-5b", "Wan 2.2 5B", 64, _SELF, 30, 3072, 32),
         _own("kandinsky5-image", "Kandinsky 5 Image", 128, _VISUAL, 50, 2560),
-        _own("ltxv-2b", "LTX-Video 2B", 24, "transformer_blocks.{}.attn1", 28, 2048),
-        _own("ltxv-13b", "LTX-Video 13B", 32, "transformer_blocks.{}.attn1", 48, 4096),
+        _own("ltxv-2b", "LTX-Video 2B", 24, _LTXV, 28, 2048, 32),
+        _own("ltxv-13b", "LTX-Video 13B", 32, _LTXV, 48, 4096, 32),
     )
 }
 
