@@ -2,8 +2,9 @@
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import chain
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -11,12 +12,14 @@ from pydantic.dataclasses import dataclass
 
 from .decomposition import STRICT
 from .profile import ring_distances
-from .report import FORMAT, LocalityReport, SiteLocality, StandardErrors
+from .report import FORMAT, LocalityReport, Measurement, SiteLocality
 
 # Characters, and numbers, lists and entries by name together; SDXL's 70 sites at three sigmas have
 # less than 400 000.
 _LONGEST = 1 << 26
 _MOST_VALUES = 2_000_000
+# Far above any figure of a report, and below what overflows in what is made of them.
+_LARGEST = 1e9
 _MOST_SITES, _MOST_SIZES, _MOST_TOKENS = 1000, 16, 1 << 18
 
 
@@ -101,6 +104,10 @@ def _check(document: _Document) -> None:
         raise ValueError(f"latent {document.latent} or share {document.share}")
     if not sigmas or len(sigmas) != len(document.percents):
         raise ValueError(f"{len(sigmas)} sigmas at {len(document.percents)} percents")
+    costs = [site.sensitivity.window_error or [] for site in sites.values()]
+    costs += [site.sensitivity.block_error or [] for site in sites.values()]
+    if not all(abs(figure) < _LARGEST for figure in chain(*costs, sigmas, document.percents)):
+        raise ValueError(f"figures beyond {_LARGEST:g}")
     for path, site in sites.items():
         if problem := _site_problem(path, site, len(sigmas)):
             raise ValueError(f"{path:.100}: {problem}")
@@ -120,8 +127,10 @@ def _site_problem(path: str, site: SiteLocality, sigmas: int) -> str:
             return f"lists of {[len(each) for each in lists]} for {heads} heads"
         if any(len(row) != windows for row in one.mass):
             return f"other than {windows} windows"
-        if one.error and not all(map(math.isfinite, _figures(one.error))):
-            return "an error that is not finite"
+        if not all(abs(figure) < _LARGEST for figure in _figures(one)):
+            return f"figures beyond {_LARGEST:g}"
+        if not all(-0.01 < nats < math.log(site.tokens) + 0.01 for nats in one.entropy):
+            return "an entropy beyond that of even attention"
         # A ring at least every two cells, so that a short list asks for no large table.
         if len(one.profile) < max(site.height, site.width) / 2:
             return f"a profile of {len(one.profile)}"
@@ -130,8 +139,13 @@ def _site_problem(path: str, site: SiteLocality, sigmas: int) -> str:
     return ""
 
 
-def _figures(error: StandardErrors) -> list[float]:
-    return [*error["mass"], error["distance"], error["entropy"]]
+def _figures(one: Measurement) -> Iterator[float]:
+    yield one.sigma
+    yield from chain(*one.mass, one.distance, one.content, one.profile)
+    for fit in one.fits:
+        yield from (fit.a, fit.b, fit.c, fit.local_share, fit.constant_share, fit.r2)
+    if one.error:
+        yield from (*one.error["mass"], one.error["distance"], one.error["entropy"])
 
 
 @cache

@@ -12,10 +12,11 @@ from comfyui_deltaconv.development.comfyui.tree import (
     NEWEST,
     OLDEST,
     TORCH_PACKAGES,
+    chosen_tree,
     front_end_pin,
     requirements,
 )
-from comfyui_deltaconv.development.lean import closure
+from comfyui_deltaconv.development.lean import closure, required
 from comfyui_deltaconv.development.release import tomllib
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -84,3 +85,17 @@ def test_what_the_templates_draw_with_is_installed_by_comfyui_manager():
     names = {Requirement(line).name for line in project["dependencies"]}
     assert "matplotlib" in names
     assert not names & {"torch", "torchvision", "numpy", "pillow", "triton"}
+
+
+def test_what_comes_with_the_pack_asks_for_no_other_version_of_what_is_there():
+    """So pip adds it and leaves the rest as it is; torch least of all."""
+    theirs = [*TORCH_PACKAGES, *requirements(chosen_tree())]
+    before, after = closure(theirs), required(chosen_tree())
+    added = after.keys() - before.keys()
+    assert "matplotlib" in added and len(added) < 12
+    for name in added:
+        for line in after[name].requires or ():
+            wanted = Requirement(line)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+                there = after[canonicalize_name(wanted.name)].version
+                assert wanted.specifier.contains(there, prereleases=True), f"{name}: {line}"
