@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "time attention, its replacements and the ΔConvBlock on this machine",
     "demo": "draw the demo pictures with and without ΔConv, and say how long each took",
     "distill": "distill the demo, or any checkpoint, into ΔConv weights",
+    "families": "write the tables of families from what their tests came to",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
     "lint": "check style, formatting, import contracts and types",
     "lock": "write the versions that set-up installs anew; --upgrade takes the newest",
