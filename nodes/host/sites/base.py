@@ -198,7 +198,8 @@ def intercepting(options: Mapping, size: Size, problem: str, inspect: Inspect) -
                 return earlier(function, q, k, v, heads, *args, **kwargs)
             return function(q, k, v, heads, *args, **kwargs)
 
-        if problem or q.shape != k.shape or kwargs.get("mask") is not None:
+        mask = args[0] if args else kwargs.get("mask")
+        if problem or q.shape != k.shape or mask is not None:
             why = problem or GIVEN
             found = Heads(None, None, None, size, problem=why)
         else:

@@ -1,5 +1,6 @@
 """What attention sees beside one map of image tokens: plain attention runs, said once, by name."""
 
+import inspect
 import logging
 
 import patched_models as models
@@ -111,6 +112,8 @@ def test_a_mask_of_ltx_videos_attention(comfy):
 @pytest.mark.parametrize("name", ["Anima", "Wan"])
 def test_attn1_patches_of_other_nodes(name, comfy, caplog):
     """Anima's take the input, as LLLite's do; Wan's take q, k and the result."""
+    from comfy.ldm.cosmos import predict2
+
     kind = KINDS[name]
     model = kind.build()
 
@@ -121,6 +124,8 @@ def test_attn1_patches_of_other_nodes(name, comfy, caplog):
         assert args["q"].shape == args["k"].shape
         return args["x"] * 1.5
 
+    if name == "Anima" and "attn1_patch" not in inspect.getsource(predict2):
+        pytest.skip("this ComfyUI has no attention patches for Anima")
     patched = model.clone()
     patched.set_model_attn1_patch(of_anima if name == "Anima" else of_wan)
     stock = kind.sample(patched)
@@ -139,8 +144,11 @@ def test_context_windows_of_a_video(comfy, caplog):
     model = kind.build()
 
     def sample(model):
+        # A newer ComfyUI may add a frame to each window.
+        parameters = inspect.signature(ContextWindowsManualNode.execute).parameters
+        more = {name: False for name in ("causal_window_fix",) if name in parameters}
         windows = ContextWindowsManualNode.execute(
-            model, 2, 1, "standard_static", 1, False, "pyramid", 2, False, causal_window_fix=False
+            model, 2, 1, "standard_static", 1, False, "pyramid", 2, False, **more
         ).args[0]
         return kind.sample(windows, latent=kind.latent(frames=4))
 
