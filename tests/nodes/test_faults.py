@@ -44,7 +44,7 @@ def test_reports_saved_at_the_same_time_take_numbers_of_their_own(output, monkey
     import folder_paths
     from comfyui_deltaconv.nodes.locality import DeltaConvSaveLocality
 
-    asked = folder_paths.get_save_image_path(os.path.join("deltaconv", "both"), output.parent)
+    asked = folder_paths.get_save_image_path(os.path.join("deltaconv", "both"), str(output.parent))
     # Both have asked before one of them wrote.
     monkeypatch.setattr(folder_paths, "get_save_image_path", lambda *_: asked)
     with ThreadPoolExecutor(4) as pool:
