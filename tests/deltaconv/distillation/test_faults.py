@@ -24,7 +24,8 @@ from faults import POSIX, contents, full_disk, open_folder, read_only
 
 IDENTITY = {"base": "toy-0", "recipe": {}}
 
-# Saves so many states, once or in a copy of itself for each line that tells the first number.
+# Saves so many states: at a line, where it was told how many, else in a copy of itself for each
+# line, which tells the first number, until that is killed.
 SAVING = """
 import os, sys
 from dataclasses import replace
@@ -44,6 +45,7 @@ def save(first, step, count):
 
 print("saving", flush=True)
 if numbers:
+    sys.stdin.readline()
     save(*numbers)
 for line in sys.stdin:
     if (child := os.fork()) == 0:
@@ -202,6 +204,10 @@ def test_processes_that_save_into_one_folder_lose_nothing(saved, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(saved, source)
     children = [saving(saved, source, first, 2, 40) for first in (3, 4)]
+    # Both have begun, and save at once.
+    for child in children:
+        child.stdin.write("now\n")
+        child.stdin.flush()
     for child in children:
         child.communicate(timeout=60)
     assert [child.returncode for child in children] == [0, 0]
