@@ -212,7 +212,9 @@ def test_processes_that_save_into_one_folder_lose_nothing(saved, tmp_path):
         child.communicate(timeout=60)
     assert [child.returncode for child in children] == [0, 0]
     assert load(saved).progress.number == 82
-    assert len(contents(saved)) == 2
+    # The last to save keeps its own two, and a higher one, which it does not know.
+    kept = contents(saved)
+    assert len(kept) in (2, 3) and all(name.endswith(".safetensors") for name in kept)
 
 
 def test_two_distillations_in_one_folder_are_refused(tmp_path):
