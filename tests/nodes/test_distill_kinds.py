@@ -254,13 +254,13 @@ def test_previews_show_a_latent_of_any_kind(kind, model, monkeypatch):
     """By the family's own factors, which some formats have for latents with frames alone."""
     import latent_preview
     from comfy.cli_args import args
-    from comfyui_deltaconv.nodes.host.preview import LivePreview
+    from comfyui_deltaconv.nodes.host.preview import decoded
     from comfyui_deltaconv.nodes.host.teacher import ComfyTeacher
 
     by_factors = latent_preview.LatentPreviewMethod.Latent2RGB
     monkeypatch.setattr(args, "preview_method", by_factors)
     with torch.inference_mode(False):
-        picture = LivePreview(ComfyTeacher(model), 1)._decode(smooth(kind, 1)[0])
+        picture = decoded(ComfyTeacher(model), smooth(kind, 1)[0])
     assert picture.size == kind.size[::-1]
 
 
