@@ -16,6 +16,8 @@ __all__ = ["pixart_weights"]  # a fixture
 pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes", "one_thread")
 
 HAS_GPU = torch.cuda.is_available()
+# What ComfyUI's versions can change is in the others.
+once = pytest.mark.any_comfyui
 
 
 class Recorder:
@@ -60,6 +62,7 @@ def test_pictures_keep_their_bits(base, weights, recorder, replaying):
         assert (recorder.recorded, recorder.replayed) == (1, 3)
 
 
+@once
 def test_the_model_beneath_is_replayed_after_blocks_were_on_it(base, weights, recorder, replaying):
     """ComfyUI puts the forwards that it restores on the modules themselves."""
     sample(apply(base, weights)[0])
@@ -69,12 +72,14 @@ def test_the_model_beneath_is_replayed_after_blocks_were_on_it(base, weights, re
     assert recorder.replayed == 3
 
 
+@once
 def test_order_with_apply_does_not_matter(base, weights, recorder, replaying):
     expected = sample(apply(base, weights)[0], steps=3)
     assert torch.equal(sample(apply(replaying(base), weights)[0], steps=3), expected)
     assert recorder.replayed == 2
 
 
+@once
 def test_steps_with_and_without_blocks_are_recorded_apart(base, weights, recorder, replaying):
     patched, _ = apply(base, weights, start_percent=0.3, end_percent=0.8)
     assert torch.equal(sample(replaying(patched), steps=9), sample(patched, steps=9))
@@ -87,6 +92,7 @@ def test_pixart_is_replayed(pixart, pixart_weights, recorder, replaying):
     assert recorder.replayed == 2
 
 
+@once
 def test_every_size_is_recorded_for_itself(base, recorder, replaying):
     model = replaying(base)
     for size in ((16, 16), (24, 16)):
@@ -94,6 +100,7 @@ def test_every_size_is_recorded_for_itself(base, recorder, replaying):
     assert recorder.recorded == 2
 
 
+@once
 def test_nothing_is_kept_after_sampling(base, recorder):
     import gc
     import weakref
@@ -112,6 +119,7 @@ def test_nothing_is_kept_after_sampling(base, recorder):
     assert kept and all(reference() is None for reference in kept)
 
 
+@once
 def test_a_merged_lora_is_in_the_recording(base, recorder, replaying):
     changed = lora(base, "attn2")(base)
     assert torch.equal(sample(replaying(changed), steps=3), sample(changed, steps=3))
@@ -140,6 +148,7 @@ def object_patch(model):
     return clone
 
 
+@once
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -156,6 +165,7 @@ def test_what_other_nodes_decide_is_not_recorded(base, recorder, replaying, capl
     assert "0 of 2 model calls were replayed" in sentence and reason in sentence
 
 
+@once
 def test_patches_of_other_nodes_are_not_recorded(base, recorder, replaying, caplog):
     caplog.set_level(logging.INFO)
     model = base.clone()
@@ -172,6 +182,7 @@ def test_patches_of_other_nodes_are_not_recorded(base, recorder, replaying, capl
     assert recorder.recorded == 0 and "another node's patches" in said(caplog)[0]
 
 
+@once
 def test_weights_that_move_are_recorded_anew(base, recorder, replaying):
     """Hooks can exchange weights between steps; addresses are compared in every call."""
     from comfy.patcher_extension import WrappersMP
@@ -195,6 +206,7 @@ def test_weights_that_move_are_recorded_anew(base, recorder, replaying):
     assert torch.equal(got, sample(base, steps=6))
 
 
+@once
 def test_what_cannot_be_recorded_runs_as_usual(base, recorder, replaying, caplog):
     caplog.set_level(logging.INFO)
     recorder.problem = "operation not permitted when stream is capturing\nmore"
@@ -203,6 +215,7 @@ def test_what_cannot_be_recorded_runs_as_usual(base, recorder, replaying, caplog
     assert "0 of 4" in sentence and "operation not permitted when stream is capturing)" in sentence
 
 
+@once
 def test_the_node_on_a_computer_without_cuda(base, caplog):
     if HAS_GPU:
         pytest.skip("this computer has one")
@@ -215,6 +228,7 @@ def test_the_node_on_a_computer_without_cuda(base, caplog):
     assert "runs on cpu, where there are no CUDA graphs" in said(caplog)[0]
 
 
+@once
 def test_a_call_outside_of_sampling_is_not_recorded(base, recorder, replaying):
     model = replaying(base)
     options = model.model_options["transformer_options"]
