@@ -6,9 +6,11 @@ busy for both.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ..deltaconv import DeltaConvBlock, demo, read_weights
 from ..deltaconv.families import resolution_level
@@ -37,6 +39,17 @@ def first_written(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
     return block.conv_out(pyramid) + block.conv_pool(x.mean(dim=(1, 2), keepdim=True))
 
 
+def operator_shares(call: Callable[[], object], repeats: int = 10) -> dict[str, float]:
+    """Operator of torch → its own share of the call's time, the largest first, from 1% on."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(repeats):
+            call()
+    seconds = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    total = sum(seconds.values())
+    shares = {name: own / total for name, own in seconds.items() if own >= total / 100}
+    return dict(sorted(shares.items(), key=lambda each: -each[1]))
+
+
 @torch.inference_mode()
 def run(batch: int, repeats: int, path: Path | None = None) -> dict:
     """Seconds of both ways, as one JSON-ready report; prints them and writes `path`."""
@@ -60,6 +73,7 @@ def run(batch: int, repeats: int, path: Path | None = None) -> dict:
         "environment": environment(CPU) | {"cores": os.cpu_count(), "load": _load()},
         **{"batch": batch, "blocks": len(calls), "side": demo.NATIVE_SIZE},
         "times": interleaved(ways, CPU, repeats),
+        "parts": operator_shares(ways[NOW]),
     }
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -72,4 +86,6 @@ def run(batch: int, repeats: int, path: Path | None = None) -> dict:
     for name, timing in report["times"].items():
         low, middle, high = (timing[key] * 1e3 for key in ("low", "median", "high"))
         print(f"{name}: {middle:.1f} ms ({low:.1f} to {high:.1f}), {timing['samples']} repeats")
+    shares = (f"{name} {share:.0%}" for name, share in report["parts"].items())
+    print(f"of it, {NOW}: {', '.join(shares)}")
     return report
