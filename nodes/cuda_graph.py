@@ -16,12 +16,12 @@ class DeltaConvCudaGraph(Node):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DeltaConvCudaGraph",
-            display_name="Replay Model Calls (CUDA Graph)",
+            display_name="CUDA Graph Replay",
             category=CATEGORY,
             description="Launch every call of the model at once instead of kernel by kernel. At "
             "small and middle sizes the computer's processor holds the GPU up; this takes it out "
             "of the way, with and without ΔConv. The pictures stay the same, bit for bit.",
-            search_aliases=["cuda graph", "launch overhead", "faster sampling", "replay"],
+            search_aliases=["replay model calls", "launch overhead", "faster sampling"],
             inputs=[
                 io.Model.Input(
                     "model",
