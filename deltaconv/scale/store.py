@@ -155,7 +155,7 @@ class StoredData(Dataset):
         self.latents, self.conditions = _Column(self.table, 0), _Column(self.table, 1)
         self.unconditional = unpacked((folder / _EMPTY).read_bytes())
         self.trajectories = None
-        self._orders = EpochOrders(self.table.sizes())
+        self._orders = self._epochs = EpochOrders(self.table.sizes())
         self._ahead: Iterator[list[tuple[torch.Tensor, Entry]]] | None = None
         # What the last draw was of.
         self._last: tuple | None = None
@@ -187,7 +187,7 @@ class StoredData(Dataset):
         """The draws from `position` on, in their order however many workers read them."""
         loader = torch.utils.data.DataLoader(
             self.table,
-            batch_sampler=_Draws(self, seed, batch, position, rows),
+            batch_sampler=_Draws(self._epochs, seed, batch, position, rows),
             num_workers=self.workers,
             collate_fn=list,
         )
@@ -195,16 +195,21 @@ class StoredData(Dataset):
 
 
 class _Draws:
-    """The rows of every draw from `position` on, without end."""
+    """The rows of every draw from `position` on, without end.
 
-    def __init__(self, data: StoredData, seed: int, batch: int, position: int, rows: Sequence[int]):
-        self.data, self.seed, self.batch = data, seed, batch
+    It does not hold the data, which holds what reads it ahead: these processes end with the data.
+    """
+
+    def __init__(
+        self, orders: EpochOrders, seed: int, batch: int, position: int, rows: Sequence[int]
+    ):
+        self.orders, self.seed, self.batch = orders, seed, batch
         self.position, self.rows = position, rows
 
     def __iter__(self) -> Iterator[list[int]]:
         position = self.position
         while True:
-            indices = self.data.indices(self.seed, self.batch, position)
+            indices = self.orders.indices(self.seed, self.batch, position)
             yield [indices[row] for row in self.rows]
             position += 1
 

@@ -1,5 +1,6 @@
 """Pictures from folders and shards, buckets, and the store: what is read back, in which order."""
 
+import gc
 import io
 import tarfile
 
@@ -157,6 +158,24 @@ def test_a_resumed_epoch_has_the_order_of_a_whole_one(tmp_path):
     shares = [drawn(range(14), 0, rows) for rows in ((0, 2), (1, 3))]
     for whole, one, other in zip(straight, *shares, strict=True):
         assert whole == [one[0], other[0], one[1], other[1]]
+
+
+def test_processes_that_read_ahead_end_with_their_data(tmp_path):
+    """One that is left to the end of the program is waited for, five seconds each."""
+    latents = [torch.zeros(1, 2, 2) for _ in range(8)]
+    folder = stored(tmp_path, latents, [torch.zeros(toy.CHANNELS) for _ in range(8)])
+    data = StoredData(folder, base="toy-0", workers=2)
+    for position in range(3):
+        data.images(7, 4, position, (0, 1, 2, 3))
+    processes = data._ahead._workers
+    assert all(process.is_alive() for process in processes)
+    # No collection may be needed: it comes when it comes.
+    gc.disable()
+    try:
+        del data
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        gc.enable()
 
 
 def test_stores_of_another_model_or_data_and_unfinished_ones_are_refused(tmp_path):
