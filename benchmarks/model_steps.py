@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import copy_nested_dicts
 
 from ..deltaconv import DeltaConvBlock
+from ..deltaconv.distillation import default_kernels
 from ..deltaconv.families import FAMILIES
 from ..deltaconv.memory import is_out_of_memory
 from ..deltaconv.weights.model import weights_of_blocks
@@ -33,8 +34,6 @@ LONG_STEP, LONGEST_STEP = 0.5, 5.0
 # resolution only, SDXL has no attention.
 HYPERTILE_DEPTH = {"sd1": 0, "sdxl": 2}
 SAMPLED_STEPS, GUIDANCE = 20, 4.0
-# Kernel size of blocks that no published ones are known for.
-UNPUBLISHED = 9
 # Width of CLIP-G's pooled output, which SDXL reads beside the text.
 _POOLED = 1280
 
@@ -179,11 +178,12 @@ def instead(family: str, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
 def with_blocks(family: str, patcher: ModelPatcher, dtype: torch.dtype) -> dict[str, ModelPatcher]:
     """Clones with random blocks at every site, which they share: always, and where faster.
 
-    Kernels have the published sizes, or `UNPUBLISHED` where nobody ships blocks.
+    Kernels have the published sizes, or those of Distill ΔConv where nobody ships blocks.
     """
     known, model_sites = FAMILIES[family], find_sites(patcher)
+    kernels = default_kernels(model_sites.levels)
     blocks = {
-        site: DeltaConvBlock(dim, known.published_kernel(site) or UNPUBLISHED, gate=known.gate)
+        site: DeltaConvBlock(dim, known.published_kernel(site) or kernels[site], gate=known.gate)
         for site, dim in model_sites.dims.items()
     }
     loaded = load_blocks(weights_of_blocks(blocks), tuple(blocks), known.gate, dtype)

@@ -38,7 +38,7 @@ def draw(folder: Path) -> list[Path]:
     axes.text(770, 440, "ΔConvFusion", size=104, weight="bold", color=_WORDS, va="center")
     line = "convolutions in place of self-attention"
     axes.text(776, 320, line, size=42, color=_NEAR, va="center")
-    line = "SD1.x · SD2.x · SDXL · PixArt, for ComfyUI"
+    line = "SD · SDXL · PixArt · Anima, for ComfyUI"
     axes.text(776, 246, line, size=34, color=_QUIET, va="center")
     _write(figure, banner)
     return [icon, banner]

@@ -26,31 +26,6 @@ LOADS = {
     # Nothing is published; steps and batch are PixArt's.
     "anima": ((16, 128, 128), [(512, 1024)], (200_000, 16)),
 }
-ANIMA = {
-    "image_model": "anima",
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "model_channels": 2048,
-    "num_blocks": 28,
-    "num_heads": 16,
-    "crossattn_emb_channels": 1024,
-    "concat_padding_mask": True,
-    "pos_emb_cls": "rope3d",
-    "pos_emb_learnable": True,
-    "pos_emb_interpolation": "crop",
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 256,
-    "rope_h_extrapolation_ratio": 4.0,
-    "rope_w_extrapolation_ratio": 4.0,
-    "rope_t_extrapolation_ratio": 1.0,
-    "extra_per_block_abs_pos_emb": False,
-    "rope_enable_fps_modulation": False,
-}
 MEASURED = ("demo", "sd1", "sdxl", "pixart")
 _GIB = 2**30
 
@@ -125,7 +100,7 @@ def base_parameters(family: str) -> int:
 
     from ..benchmarks.models import MODELS
 
-    name, config = ("Anima", ANIMA) if family == "anima" else MODELS[family][:2]
+    name, config = MODELS[family][:2]
     made = getattr(comfy.supported_models, name)(config)
     model = made.get_model({}, "", device=torch.device("meta"))
     return sum(parameter.numel() for parameter in model.diffusion_model.parameters())

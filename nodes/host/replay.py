@@ -37,7 +37,7 @@ MOST_GRAPHS = 4
 TOO_MANY = f"more than {MOST_GRAPHS} kinds of calls in one sampling"
 # Nothing would free the graphs of such a call.
 OUTSIDE = "called outside of a sampling run"
-_PATCHES = ("patches", "patches_replace", "optimized_attention_override", "model_function_wrapper")
+_PATCHES = ("patches", "patches_replace", "optimized_attention_override")
 
 Replay = Callable[[], object]
 
@@ -79,6 +79,10 @@ class _Run(threading.local):
     """What one thread knows during one sampling run."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, in this thread."""
         self.calls: list[Recorded] = []
         self.parameters: list[Mapping[str, torch.Tensor | None]] | None = None
         self.problem = OUTSIDE
@@ -99,7 +103,7 @@ class Replays:
 
     def before_sampling(self, patcher: ModelPatcher) -> None:
         """ON_PRE_RUN callback: forget what was recorded; note what forbids recording."""
-        self._run.__init__()
+        self._run.reset()
         self._run.problem = self._problem(patcher)
 
     def after_sampling(self, _: ModelPatcher) -> None:
@@ -113,7 +117,7 @@ class Replays:
             if sentence not in self._said:
                 self._said.add(sentence)
                 log.info("ΔConv: %s.", sentence)
-        run.__init__()
+        run.reset()
 
     def why_not(self) -> str:
         """Why no call of this sampling was replayed so far; "" if one was."""
