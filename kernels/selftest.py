@@ -7,7 +7,7 @@ time limit and says what it did not get to; what is compiled already takes no ti
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,21 +121,28 @@ def _verdict(device: torch.device, dtype: torch.dtype, size: int, direction: str
 
 
 def report(verdicts: Sequence[Verdict]) -> str:
-    """A grid of what may be trusted, a reason for each that may not, and what to do."""
+    """Markdown: a table of what may be trusted, a reason for each that may not, and what to do."""
     rows: dict[str, dict[int, Verdict]] = {}
     for verdict in verdicts:
         row = rows.setdefault(f"{_name(verdict.dtype)} {verdict.direction}", {})
         row[verdict.kernel_size] = verdict
     sizes = sorted({verdict.kernel_size for verdict in verdicts})
     word = {True: "yes", False: "NO", None: "?"}
-    lines = ["may be trusted".ljust(18) + "".join(f"{f'k={size}':>6}" for size in sizes)]
+    widths = 18, *(max(6, len(f"k={size}")) for size in sizes)
+
+    def line(first: str, cells: Iterable[str]) -> str:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        return f"| {first.ljust(widths[0])} | {' | '.join(padded)} |"
+
+    lines = [line("may be trusted", (f"k={size}" for size in sizes))]
+    lines += [line("-" * widths[0], ("-" * (width - 1) + ":" for width in widths[1:]))]
     for name, row in rows.items():
-        lines.append(name.ljust(18) + "".join(f"{word[row[size].trusted]:>6}" for size in sizes))
+        lines.append(line(name, (word[row[size].trusted] for size in sizes)))
     ran = dict.fromkeys(verdict.implementation for verdict in verdicts if verdict.implementation)
     lines += ["", f"What ran: {' and '.join(ran) or 'nothing'}. A ? had no time."]
-    lines += ["Drawing needs forward alone, distillation both."]
+    lines += ["Drawing needs forward alone, distillation both.", ""]
     wrong = [verdict for verdict in verdicts if verdict.trusted is False]
-    lines += map(str, wrong)
+    lines += [f"- {verdict}" for verdict in wrong] + ([""] if wrong else [])
     return "\n".join([*lines, _advice(wrong, sum(v.trusted is None for v in verdicts))])
 
 

@@ -147,7 +147,7 @@ class DeltaConvChoose(Node):
             facts, sampled = choose_layers(model, deltaconv, request, _decoder(vae))
         chosen, report = facts.point, choice_report(facts)
         if not sampled:
-            report += "\nno pictures: connect a VAE that decodes this model's latents"
+            report += "\n\nNo pictures: connect a VAE that decodes this model's latents."
         plans = {site: g.plan(deltaconv.scales[site]) for site, g in deltaconv.sites.items()}
         page = choice_page(facts.measured, facts.named, facts.chosen, sampled)
         return io.NodeOutput(

@@ -139,7 +139,7 @@ class DeltaConvEvaluate(Node):
                     progress=bar.update_absolute,
                 )
                 latents = [teacher.latents_out(x) for x in (result.teacher, result.student)]
-        table, grid, psnr = result.table(), torch.ones(1, 64, 64, 3), float("nan")
+        table, grid, psnr = result.report(), torch.ones(1, 64, 64, 3), float("nan")
         if pictures := _decode(latents, vae):
             comparison = compare(*pictures)
             captions = [comparison.caption(index) for index in range(len(comparison.psnr))]

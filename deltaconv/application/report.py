@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ...kernels.backend import LARGEST_KERNEL
 from ..families import family_title, native_latent
 from ..flops import attention_flops, block_flops
+from ..markdown import bullets, escaped
 from ..weights.model import DeltaConvWeights
 from .fastest import Choice
 
@@ -42,7 +43,7 @@ class ApplicationFacts:
 
 
 def application_report(facts: ApplicationFacts) -> str:
-    """Facts → one line each, warnings last."""
+    """Facts → a list in Markdown, warnings last."""
     lines = [
         _count(facts),
         _parameters(facts),
@@ -67,7 +68,7 @@ def application_report(facts: ApplicationFacts) -> str:
     if facts.earlier:
         lines.append("the model carried ΔConvBlocks already; these take their place")
     lines.extend(facts.inert)
-    return "\n".join(lines)
+    return bullets(lines)
 
 
 def application_summary(facts: ApplicationFacts) -> str:
@@ -205,9 +206,9 @@ def _wide_kernels(facts: ApplicationFacts) -> str:
 
 def _origin(facts: ApplicationFacts) -> str:
     weights = facts.weights
-    base = weights.base_model or "a model they do not name"
+    base = escaped(weights.base_model) or "a model they do not name"
     families = " or ".join(map(family_title, weights.families)) or "no known family"
-    source = f", from {weights.source}" if weights.source else ""
+    source = f", from {escaped(weights.source)}" if weights.source else ""
     return f"weights made for {base} ({families}){source}"
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from ...kernels.timing import extra_memory, once, summary
+from .. import markdown
 from ..memory import is_out_of_memory
 
 LARGEST_SIDE = 16384
@@ -156,7 +157,7 @@ def measure(
 
 
 def table(results: Sequence[SizeTimes]) -> str:
-    """Results → a text table, its legend, and the sizes at which each way is faster."""
+    """Results → a table in Markdown, its legend, and the sizes at which each way is faster."""
     columns = ["size", *(f"{c.part}, {c.way}" for c in CONTENDERS)]
     columns.insert(3, "faster")
     columns.append("faster")
@@ -173,20 +174,15 @@ def table(results: Sequence[SizeTimes]) -> str:
         if memory:
             row += [_bytes(result.memory.get(Contender("step", way))) for way in WAYS]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    lines += [
-        "",
+    parts = [
+        markdown.table(rows),
         "Milliseconds per call: the median and, in brackets, the middle half. step: the whole "
         "model; layers: the replaced self-attention layers alone; faster: how many times as fast "
         "ΔConv is.",
     ]
     if memory:
-        lines.append("Memory: what a step takes at its peak beside weights and result.")
-    return "\n".join([*lines, *_verdict(results)])
+        parts.append("Memory: what a step takes at its peak beside weights and result.")
+    return "\n\n".join([*parts, *_verdict(results)])
 
 
 def _cell(result: SizeTimes, name: Contender) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..geometry import BlockPlan
 from ..locality.recipe import Recipe
 from ..locality.report import site_label
+from ..markdown import bullets, table
 from .choice import ChoicePoint, TradeOff
 
 
@@ -30,34 +31,37 @@ class ChoiceFacts:
 
 
 def choice_report(facts: ChoiceFacts) -> str:
-    """Facts → the choice, the other ones, and a line per layer."""
+    """Facts → Markdown: the choice, the other ones, and a line per layer."""
     point = facts.point
-    lines = [
+    said = [
         f"{facts.chosen}: blocks in {len(point.replaced)} of {len(facts.sites)} self-attention "
         f"layers, {_from(point.start)}; attention everywhere else",
         _time(facts),
         f"error {point.decibels:.1f} dB (−10·log10 of the latents' squared error over their "
         f"power), sampled with {facts.sampled}",
         f"attention stays in: {_kept(facts)}",
-        "",
-        "choice      saved   from  layers    error",
     ]
-    lines += [
-        f"{name:10} {point.saved:6.1%} {point.start:6.0%} {len(point.replaced):7} "
-        f"{point.decibels:6.1f} dB"
+    rows = [("choice", "saved", "from", "layers", "error")]
+    rows += [
+        (
+            name,
+            f"{point.saved:.1%}",
+            f"{point.start:.0%}",
+            str(len(point.replaced)),
+            f"{point.decibels:.1f} dB",
+        )
         for name, point in facts.named.items()
     ]
-    lines += [
-        "",
-        "layer by layer; brought: by attention there alone, estimated, mean over the starts",
-    ]
-    lines += [f"{site}: {why}" for site, why in choice_notes(facts).items()]
-    lines.append(
+    parts = [
+        bullets(said),
+        table(rows),
+        "Layer by layer; brought: by attention there alone, estimated, mean over the starts:",
+        bullets(f"{site}: {why}" for site, why in choice_notes(facts).items()),
         f"{facts.measured.measurements} sets of layers were measured along the model's own "
         f"sampling, {len(facts.measured.points)} choices sampled to the end; the errors are of "
-        "these prompts and this seed, others differ"
-    )
-    return "\n".join(lines)
+        "these prompts and this seed, others differ.",
+    ]
+    return "\n\n".join(parts)
 
 
 def choice_recipe(facts: ChoiceFacts, plans: Mapping[str, BlockPlan]) -> Recipe:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..block import DeltaConvBlock
+from ..markdown import table
 from .data import Dataset, draw
 from .teacher import Condition, Teacher, Visit, in_place_of_attention, sample
 
@@ -34,17 +35,19 @@ class Evaluation:
         """Mean over the levels."""
         return sum(level.mse for level in self.levels) / len(self.levels)
 
-    def table(self) -> str:
-        """The figures as text: levels first, then the sites from the worst down."""
-        lines = ["      sigma   mse of ε̂   relative"]
-        lines += [f"{e.sigma:11.4f} {e.mse:10.5f} {e.relative:10.5f}" for e in self.levels]
-        lines += [f"       mean {self.mse:10.5f}", "", "relative error of each block alone"]
+    def report(self) -> str:
+        """The figures in Markdown: levels first, then the sites from the worst down."""
+        levels = [("sigma", "mse of ε̂", "relative")]
+        levels += [(f"{e.sigma:.4f}", f"{e.mse:.5f}", f"{e.relative:.5f}") for e in self.levels]
+        levels += [("mean", f"{self.mse:.5f}", "")]
         means = {
             site: sum(level.sites[site] for level in self.levels) / len(self.levels)
             for site in self.levels[0].sites
         }
         worst_first = sorted(means.items(), key=lambda item: -item[1])
-        return "\n".join(lines + [f"{error:11.4f} {site}" for site, error in worst_first])
+        sites = [("block alone", "relative error")]
+        sites += [(site, f"{error:.4f}") for site, error in worst_first]
+        return f"{table(levels, words=0)}\n\n{table(sites)}"
 
 
 @torch.no_grad()

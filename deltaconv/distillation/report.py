@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..markdown import bullets
 from .record import Record
 
 _MESSAGES = 20
@@ -57,7 +58,7 @@ class DistillationReport:
         )
 
     def text(self, folder: Path | None, seconds: float) -> str:
-        """The report after `seconds` in all."""
+        """The report after `seconds` in all, a list in Markdown."""
         lines = [self._data] if self._data else []
         if self._initial is not None:
             lines.append(
@@ -76,7 +77,7 @@ class DistillationReport:
             )
             if stage == "layers":
                 worst = ", ".join(f"{site} {loss:.4f}" for site, loss in self._worst)
-                lines.append(f"  worst: {worst}")
+                lines.append(f"worst: {worst}")
         lines += self._messages
-        lines.append(f"{seconds:.0f} s in all" + (f"; state in {folder}" if folder else ""))
-        return "\n".join(lines)
+        place = f"; state in `{folder}`" if folder else ""
+        return bullets([*lines, f"{seconds:.0f} s in all{place}"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from einops import reduce
 
+from ..markdown import bullets
 from .convert import to_pil, to_tensor
 from .sheet import sheet
 
@@ -34,14 +35,14 @@ class Comparison:
         return f"PSNR {_decibels(self.psnr[index])}{ssim}"
 
     def report(self) -> str:
-        """The figures of all pairs as text."""
-        lines = [f"{index + 1}: {self.caption(index)}" for index in range(len(self.psnr))]
+        """The figures of all pairs, a list in Markdown."""
+        lines = [f"picture {index + 1}: {self.caption(index)}" for index in range(len(self.psnr))]
         if len(lines) > 1:
             ssim = "" if self.ssim is None else f"   SSIM {self.mean_ssim:.3f}"
             lines.append(f"mean: PSNR {_decibels(self.mean_psnr)}{ssim}")
         if self.ssim is None:
             lines.append("SSIM needs kornia, which ComfyUI's requirements name: pip install kornia")
-        return "\n".join(lines)
+        return bullets(lines)
 
 
 def compare(a: torch.Tensor, b: torch.Tensor) -> Comparison:

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from ..markdown import bullets
+
 Backbone = Literal["alex", "squeeze"]
 
 # The backbone whose LPIPS the literature reports, and a CLIP that comes as safetensors.
@@ -33,7 +35,7 @@ class MetricMissing(Exception):
 def perceptual_report(
     teacher: torch.Tensor, student: torch.Tensor, prompts: Sequence[str] | None
 ) -> str:
-    """Pictures [B, H, W, 3] in 0…1, a prompt each or none → a line of text per metric.
+    """Pictures [B, H, W, 3] in 0…1, a prompt each or none → a list in Markdown, a metric a line.
 
     A metric that cannot be computed becomes one sentence: the reason, and what to do.
     """
@@ -45,13 +47,13 @@ def perceptual_report(
         lines.append(f"{_OPTIONAL}{error}")
     if prompts is None:
         lines.append(f"{_OPTIONAL}CLIP score needs the prompts that the pictures were drawn from.")
-        return "\n".join(lines)
+        return bullets(lines)
     try:
         scores = clip_scores((teacher, student), prompts, CLIP_MODEL)
         lines.append("CLIP score {:.2f} → {:.2f}, teacher → student".format(*map(_mean, scores)))
     except MetricMissing as error:
         lines.append(f"{_OPTIONAL}{error}")
-    return "\n".join(lines)
+    return bullets(lines)
 
 
 @torch.no_grad()

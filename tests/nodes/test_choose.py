@@ -42,7 +42,9 @@ def test_node_chooses_layers_and_a_start_that_apply_takes(model, weights, costs,
     chosen, recipe, curve, report = run(model, weights)
     assert 0 < len(chosen.sites) <= len(weights.sites) and set(chosen.sites) <= set(weights.sites)
     assert curve.ndim == 4 and curve.shape[-1] == 3 and 0 <= curve.min() <= curve.max() <= 1
-    assert report.startswith(f"balanced: blocks in {len(chosen.sites)} of 10 self-attention layers")
+    assert report.startswith(
+        f"- balanced: blocks in {len(chosen.sites)} of 10 self-attention layers"
+    )
     assert "as the test says" in report and "no pictures" not in report
     assert all(f"{site}: " in report for site in weights.sites)
     again = parse_recipe(recipe.to_text(), list(weights.sites))
@@ -65,7 +67,7 @@ def test_presets_differ_as_they_say(model, weights, costs):
         chosen, _, _, report = run(model, weights, preset=preset, time_saved=share)
         saved = sum(costs[site].saved for site in chosen.sites) * (1 - chosen.start) / total
         assert saved >= least - 1e-9
-        assert report.startswith(f"{preset}: blocks in ")
+        assert report.startswith(f"- {preset}: blocks in ")
         assert all(name in report for name in ("balanced", "faithful", "fastest"))
 
 
@@ -128,7 +130,7 @@ def test_latents_without_a_decoder_have_no_pictures(costs, model, weights, monke
     with_pictures = run(model, weights)[2]
     monkeypatch.setattr(choose, "_decoder", lambda vae: lambda latents: None)
     _, _, curve, report = run(model, weights)
-    assert report.endswith("no pictures: connect a VAE that decodes this model's latents")
+    assert report.endswith("No pictures: connect a VAE that decodes this model's latents.")
     assert curve.shape[1] < with_pictures.shape[1]
 
 

@@ -562,7 +562,7 @@ def test_chosen_layers_alone_are_distilled_and_say_from_where_they_act(model, mo
     monkeypatch.setattr(distill_choice, "_STEPS", 4)
     weights, _, report = node(model, latents=pictures(32), choice="balanced")
     kept = set(demo_sites(model)) - set(weights.sites)
-    sentence = next(line for line in report.splitlines() if line.startswith("choice: balanced:"))
+    sentence = next(line for line in report.splitlines() if line.startswith("- choice: balanced:"))
     assert f"blocks in {len(weights.sites)} of {len(weights.sites) + len(kept)} layers" in sentence
     assert f"from {100 * weights.start:.3g}% of sampling on" in sentence
     # All of it in every step would save more than is asked for.

@@ -131,8 +131,8 @@ def test_the_table_says_who_is_faster_and_by_how_much():
     results[2].memory = {STEP: 3 * 2**30, BLOCKS: 2**29}
     text = step_times.table(results)
     lines = text.split("\n")
-    assert "0.80×" in lines[1] and "20 (19.8–20.2)" in lines[1]
-    assert "4.00×" in lines[3] and lines[3].split()[-4:] == ["3072", "MiB", "512", "MiB"]
+    assert "0.80×" in lines[2] and "20 (19.8–20.2)" in lines[2]
+    assert "4.00×" in lines[4] and lines[4].split()[-6:-1] == ["3072", "MiB", "|", "512", "MiB"]
     assert "with ΔConv at 1024 × 1024." in text
     assert "with attention at 512 × 512: choose" in text
     assert "less than the spread at 768 × 768." in text

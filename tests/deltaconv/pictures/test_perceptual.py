@@ -133,8 +133,8 @@ def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     report = perceptual.perceptual_report(pictures(), pictures(), ["red", "blue"])
     assert report.splitlines() == [
-        "left out, optional: LPIPS needs torchmetrics: pip install torchmetrics",
-        "left out, optional: CLIP score needs transformers: pip install transformers",
+        "- left out, optional: LPIPS needs torchmetrics: pip install torchmetrics",
+        "- left out, optional: CLIP score needs transformers: pip install transformers",
     ]
 
 
@@ -143,7 +143,7 @@ def test_report_has_the_figures_where_all_is_there(backbone, clip, monkeypatch):
     monkeypatch.setattr(perceptual, "CLIP_MODEL", clip)
     a = pictures()
     lines = perceptual.perceptual_report(a, a, ["red apple", "blue sea"]).splitlines()
-    assert lines[0] == "LPIPS (squeeze) 0.0000, 0 is identical"
-    before, after = lines[1].removeprefix("CLIP score ").split(",")[0].split(" → ")
+    assert lines[0] == "- LPIPS (squeeze) 0.0000, 0 is identical"
+    before, after = lines[1].removeprefix("- CLIP score ").split(",")[0].split(" → ")
     assert before == after
     assert "needs the prompts" in perceptual.perceptual_report(a, a, None)

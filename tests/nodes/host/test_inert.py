@@ -106,7 +106,7 @@ def test_a_node_is_named_by_what_it_does(base, weights, lora_name, caplog, node,
     assert INERT not in plain
     _, report = apply(node(base, lora_name), weights)
     assert [line for line in report.splitlines() if INERT in line] == [
-        f"{sentence}; what lies on other layers works"
+        f"- {sentence}; what lies on other layers works"
     ]
     if node not in (merge, merge_blocks):
         after = node(patched, lora_name)

@@ -271,7 +271,7 @@ def test_weights_act_from_their_own_start_or_a_later_one(base, weights):
         sample(patched, (8, 8), steps=4)
         assert len(calls) == acting * len(weights.sites)
         why = "the weights act from 40% of sampling on, as chosen when they were made"
-        assert (why in report.splitlines()) == (start < 0.4)
+        assert (f"- {why}" in report.splitlines()) == (start < 0.4)
     with pytest.raises(ValueError, match=r"Expected end_percent above 0\.4, from where"):
         apply(base, late, end_percent=0.4)
 
