@@ -29,6 +29,7 @@ COMMANDS = {
     "distill": "distill the demo, or any checkpoint, into ΔConv weights",
     "families": "write the tables of families from what their tests came to",
     "eval": "run the demo teacher, stock or with a ΔConv file, on tensors from a file",
+    "limits": "find what the demo's blocks would gain from what they cannot know",
     "lint": "check style, formatting, import contracts and types",
     "lock": "write the versions that set-up installs anew; --upgrade takes the newest",
     "locales": "write the English texts of all nodes, for translations",
