@@ -1,8 +1,8 @@
 """`python dev.py limits`: what blocks would gain from what they cannot know.
 
-In the packaged demo model, with its packaged blocks in all layers, each block is told a part of what
-attention gives for the same features, and pictures are sampled so. What that gains is more than a
-part of the block that predicts it could.
+In the packaged demo model, with its packaged blocks in all layers, each block is told a part of
+what attention gives for the same features, and pictures are sampled so. What that gains is more
+than a part of the block that predicts it could.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def _nearer(y, a, share: float):
 def measure(output: Path) -> dict[str, dict[str, float]]:
     """Name of what is told → PSNR of the pictures, error of the layers before and after it.
 
-    Prompts are none of `TWELVE`. Writes JSON after every one, and goes on with one that was stopped.
+    Prompts are none of `TWELVE`. Writes JSON after every one, and goes on where it was stopped.
     """
     import torch
 
