@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
                 print(_line(entry))
             return 0
         entry = hub.find_entry(options.name, folder)
-        print(hub.download(entry, folder, _Progress()).note)
+        print(hub.download(entry, folder, _Progress()).note())
     except ValueError as error:
         raise CommandError(str(error)) from None
     return 0

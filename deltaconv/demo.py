@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from safetensors import safe_open
 
+from .messages import Say, english
+
 FAMILY = "emoji-demo"
 NATIVE_SIZE = 64
 MAX_WORDS = 12
@@ -44,23 +46,19 @@ class TextEncoder:
         words = words_of(prompt)[:MAX_WORDS]
         return list(dict.fromkeys(word for word in words if word not in self.vocabulary))
 
-    def report(self, prompt: str) -> str:
-        """Prompt → text: unknown words, and words beyond the length limit."""
+    def report(self, prompt: str, say: Say = english) -> str:
+        """Prompt → text in the language of `say`: unknown words, and words beyond the limit."""
         words, unknown = words_of(prompt), self.unknown(prompt)
         if not words:
-            return "Empty prompt: the model draws without guidance."
+            return say("prompt empty")
         sentences = []
         if unknown:
-            sentences.append(
-                f"Unknown to the demo model, and ignored: {', '.join(unknown)}. It knows "
-                f"{len(self.vocabulary)} words of Unicode emoji names, such as red apple or tiger "
-                "face."
-            )
+            known = len(self.vocabulary)
+            sentences.append(say("prompt unknown", words=", ".join(unknown), count=known))
         if len(words) > MAX_WORDS:
-            sentences.append(
-                f"The demo model reads {MAX_WORDS} words; ignored: {' '.join(words[MAX_WORDS:])}."
-            )
-        return " ".join(sentences) or f"All {len(words)} words are known to the demo model."
+            ignored = " ".join(words[MAX_WORDS:])
+            sentences.append(say("prompt long", most=MAX_WORDS, words=ignored))
+        return " ".join(sentences) or say("prompt known", count=len(words))
 
 
 def words_of(prompt: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python dev.py locales`: write the English texts of all nodes, from which the others come.
+"""`python dev.py locales`: write the English texts of nodes and messages, which people translate.
 
 The other languages' files are written by people; a test names what one of them lacks.
 """
@@ -8,10 +8,13 @@ import asyncio
 import json
 
 from ..cli.host import entered
+from ..deltaconv.messages import ENGLISH
 from . import ROOT
 from .comfyui.tree import chosen_tree
 
 FILE = "nodeDefs.json"
+# What nodes show on themselves; the page does not read it.
+MESSAGES = "messages.json"
 # As the page names them; the front end of ComfyUI 0.30.0 does not offer German yet.
 LANGUAGES = ("en", "zh", "ja", "ko", "fr", "de", "es")
 
@@ -20,10 +23,12 @@ def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="dev.py locales", description=__doc__).parse_args(argv)
     with entered(chosen_tree()):
         texts = node_texts()
-    path = ROOT / "locales" / "en" / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(path)
+    folder = ROOT / "locales" / "en"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in ((FILE, texts), (MESSAGES, ENGLISH)):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name)
     return 0
 
 

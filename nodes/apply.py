@@ -7,6 +7,7 @@ from ..deltaconv.weights.compatibility import check_fit, select_sites
 from ..kernels import GATES
 from .host.application import Application
 from .host.inert import inert_parts
+from .host.messages import say
 from .host.node_text import show_on_node
 from .host.patch import attach, choose_ways, compute_dtype, is_patched, load_blocks
 from .host.sites import find_sites
@@ -162,7 +163,7 @@ class DeltaConvApply(Node):
             where_faster=application.where_faster,
             chosen=application.chosen,
         )
-        show_on_node(application_summary(facts))
+        show_on_node(application_summary(facts, say))
         return io.NodeOutput(patched, application_report(facts))
 
 

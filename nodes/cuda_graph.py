@@ -3,6 +3,7 @@
 import comfy.model_management
 from comfy_api.latest import io
 
+from .host.messages import say
 from .host.node_text import show_on_node
 from .host.replay import Replays, attach_replays
 from .node import Node
@@ -35,13 +36,10 @@ class DeltaConvCudaGraph(Node):
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
         device = comfy.model_management.get_torch_device()
-        said = "Replays every model call from the second of its kind on."
+        said = say("replays")
         if device.type != "cuda":
-            said = f"No effect: ComfyUI runs on {device.type}, where there are no CUDA graphs."
+            said = say("replays not on this device", device=device.type)
         elif model.is_dynamic():
-            said = (
-                "No effect with dynamic VRAM, in which weights can move between calls. Start "
-                "ComfyUI with --disable-dynamic-vram or --highvram."
-            )
+            said = say("replays not with dynamic VRAM")
         show_on_node(said)
         return io.NodeOutput(attach_replays(model, Replays()))

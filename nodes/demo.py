@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..deltaconv import demo, read_weights
 from .host.demo_model import load_demo_model
+from .host.messages import say
 from .host.node_text import show_on_node
 from .node import Node
 from .sockets import CATEGORY, DeltaConv
@@ -60,5 +61,5 @@ class DeltaConvDemoPrompt(Node):
     def execute(cls, text: str) -> io.NodeOutput:
         encoder = demo.text_encoder()
         report = encoder.report(text)
-        show_on_node(report)
+        show_on_node(encoder.report(text, say))
         return io.NodeOutput([[encoder.encode(text), {}]], report)

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..deltaconv import hub, read_weights
 from .host.folders import FOLDER, PUBLISHED, file_state, input_folders, models_folder
+from .host.messages import say
 from .host.node_text import show_on_node
 from .node import Node
 from .sockets import CATEGORY, DeltaConv
@@ -68,7 +69,7 @@ class DeltaConvDownload(Node):
         found = hub.find_placed(entry, input_folders(), progress)
         found = found or hub.download(entry, models_folder(), progress)
         folder_paths.filename_list_cache.pop(FOLDER, None)
-        show_on_node(found.note)
+        show_on_node(found.note(say))
         return io.NodeOutput(read_weights(found.path, finite=True))
 
 
@@ -96,7 +97,7 @@ class _Progress:
             return
         self.next = now + _BETWEEN
         if not total:
-            show_on_node(f"asking {self.repo}, or waiting for another download of this file")
+            show_on_node(say("download asks", repo=self.repo))
             return
         self.bar.update_absolute(done, total)
-        show_on_node(f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
+        show_on_node(say("download at", done=f"{done / 1e6:.1f}", total=f"{total / 1e6:.1f}"))

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..deltaconv import read_weights, write_weights
 from .host.folders import FOLDER, PUBLISHED, file_state, find_file, offered_files, output_folder
+from .host.messages import say
 from .host.node_text import show_on_node
 from .node import Node
 from .sockets import CATEGORY, DeltaConv
@@ -100,5 +101,5 @@ class DeltaConvSave(Node):
                 counter += 1
         folder_paths.filename_list_cache.pop(FOLDER, None)
         saved = os.path.join(subfolder, file)
-        show_on_node(f"saved as {saved} in output/deltaconv")
+        show_on_node(say("saved", file=saved, folder="output/deltaconv"))
         return io.NodeOutput(saved)

@@ -9,6 +9,7 @@ from ...kernels.backend import LARGEST_KERNEL
 from ..families import family_title, native_latent
 from ..flops import attention_flops, block_flops
 from ..markdown import bullets, escaped
+from ..messages import Say, english
 from ..weights.model import DeltaConvWeights
 from .fastest import Choice
 
@@ -71,9 +72,20 @@ def application_report(facts: ApplicationFacts) -> str:
     return bullets(lines)
 
 
-def application_summary(facts: ApplicationFacts) -> str:
+def application_summary(facts: ApplicationFacts, say: Say = english) -> str:
     """What the node itself shows: what was replaced, what that saves, what has no effect."""
-    return "\n".join([_count(facts), _computation(facts), *facts.inert])
+    before, after, (height, width) = _operations(facts)
+    said = [
+        say("applied", replaced=len(facts.replaced), total=len(facts.dims)),
+        say(
+            "applied computation",
+            before=_short(before),
+            after=_short(after),
+            width=width,
+            height=height,
+        ),
+    ]
+    return "\n".join([*said, *facts.inert])
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,8 @@ def _parameters(facts: ApplicationFacts) -> str:
     return f"parameters {_short(before)} → {_short(after)}"
 
 
-def _computation(facts: ApplicationFacts) -> str:
+def _operations(facts: ApplicationFacts) -> tuple[int, int, tuple[int, int]]:
+    """FLOP of a step's replaced layers before and after, and the latent's height and width."""
     height, width = facts.latent_size or (native_latent(facts.family),) * 2
     before = after = 0
     for site in facts.replaced:
@@ -179,6 +192,11 @@ def _computation(facts: ApplicationFacts) -> str:
         before += attention_flops(facts.dims[site], rows, columns)
         weights = facts.weights
         after += block_flops(weights.sites[site], weights.scales[site], rows, columns)
+    return before, after, (height, width)
+
+
+def _computation(facts: ApplicationFacts) -> str:
+    before, after, (height, width) = _operations(facts)
     ratio = f", {before / after:.1f} times less" if before > after else ""
     return (
         f"computation per step {_short(before)}FLOP → {_short(after)}FLOP{ratio}, for one picture "

@@ -75,7 +75,7 @@ def _download(entry: Entry, folder: Path, progress: Progress) -> Found:
     os.replace(part, path)
     for older in folder.glob(f".{entry.file}.*.part"):
         older.unlink()
-    return Found(path, f"downloaded {megabytes(size)} from {entry.repo} into {path}")
+    return Found(path, "downloaded", {"size": megabytes(size), "repo": entry.repo})
 
 
 def _expected(entry: Entry, progress: Progress) -> tuple[int, str]:

@@ -1,10 +1,11 @@
 """Files of known entries that lie in a folder already, downloaded or put there by hand."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..messages import Say, english
 from ..weights import WeightsError, read_weights
 from .entries import Entry
 
@@ -15,10 +16,15 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """An entry's file, and a sentence on what was found or done."""
+    """An entry's file, and what was found or done: a sentence of `messages` and its values."""
 
     path: Path
-    note: str
+    said: str
+    values: Mapping[str, object]
+
+    def note(self, say: Say = english) -> str:
+        """The sentence, in the language of `say`."""
+        return say(self.said, path=self.path, **self.values)
 
 
 def no_progress(done: int, total: int) -> None:
@@ -46,7 +52,7 @@ def find_placed(
     used.
     """
     path = placed_path(entry, folders)
-    return Found(path, f"found {path}{_difference(entry, path, progress)}") if path else None
+    return Found(path, _found(entry, path, progress), {"repo": entry.repo}) if path else None
 
 
 def file_digest(path: Path, progress: Progress):
@@ -61,15 +67,11 @@ def file_digest(path: Path, progress: Progress):
     return digest
 
 
-def _difference(entry: Entry, path: Path, progress: Progress) -> str:
+def _found(entry: Entry, path: Path, progress: Progress) -> str:
     if entry.sha256 is None:
-        return "; its hash is not known, so it was not compared"
-    if file_digest(path, progress).hexdigest() == entry.sha256:
-        return ""
-    return (
-        f", which is not the file of {entry.repo}: its hash is another. It is used as it is; "
-        "remove or rename it to download that one"
-    )
+        return "found, not compared"
+    same = file_digest(path, progress).hexdigest() == entry.sha256
+    return "found" if same else "found, another"
 
 
 def _by_content(entry: Entry, folders: Iterable[Path]) -> Path | None:

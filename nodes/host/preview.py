@@ -11,11 +11,18 @@ import torch
 from ...deltaconv.distillation import Dataset, Record, sample
 from ...deltaconv.distillation.plots import progress_picture
 from ...deltaconv.memory import is_out_of_memory
+from .messages import say
 from .node_text import show_error, show_on_node
 from .teacher import ComfyTeacher
 
 _STEPS = 12
 _MOST = 2
+_AT = {
+    "init": "at initialization",
+    "choice": "at choice",
+    "layers": "at layers",
+    "joint": "at joint",
+}
 
 
 class LivePreview:
@@ -44,20 +51,20 @@ class LivePreview:
 
     def drawn(self, done: int, total: int) -> None:
         """`done` of `total` steps of drawing own samples are done."""
-        self.at, self.drew = f"own samples {done / total:.0%}", True
+        self.at, self.drew = say("at samples", share=f"{done / total:.0%}"), True
         self._move(done, total)
         self._say(self.at)
 
     def initialized(self, share: float) -> None:
         """Show the share of the initialization done; raises if the queue was interrupted."""
-        self.at = f"initialization {share:.0%}"
+        self.at = say("at initialization", share=f"{share:.0%}")
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._move(round(100 * share), 100)
         self._say(self.at)
 
     def choosing(self, share: float) -> None:
         """Show the share of the choice of layers done; raises if the queue was interrupted."""
-        self.at = f"choosing layers {share:.0%}"
+        self.at = say("at choice", share=f"{share:.0%}")
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._move(round(100 * share), 100)
         self._say(self.at)
@@ -74,10 +81,11 @@ class LivePreview:
         if record.stage not in ("layers", "joint"):
             # What comes before the steps says nothing of their pace.
             self.began = None
-        self.at = f"{record.stage} {record.step}/{record.steps}"
-        text = f"{self.at}, loss {record.loss:.4g}"
+        # Records before the steps come when their part is done.
+        self.at = say(_AT[record.stage], step=record.step, steps=record.steps, share="100%")
+        text = say("loss", at=self.at, loss=f"{record.loss:.4g}")
         if left := self._left(done, total):
-            text += f", {left} left"
+            text = say("left", at=text, time=left)
         preview = None
         if self.every and (record.step % self.every == 0 or ended):
             preview = self._preview(record, text)
@@ -99,15 +107,12 @@ class LivePreview:
     def _where(self, how: str, saved: int | None) -> str:
         if not self.at:
             # A state in the folder may belong to another distillation.
-            return f"{how} before it began, folder {self.folder}"
+            return say(f"{how} before", folder=self.folder)
         if saved is None:
-            kept = "; the own samples drawn so far are kept" if self.drew else ""
-            return f"{how} at {self.at}, before anything was saved{kept}"
-        after = f"{saved} steps" if saved else "the initialization"
-        return (
-            f"{how} at {self.at}, saved after {after}. "
-            f"To go on, queue again with folder {self.folder}"
-        )
+            return say(f"{how} with samples" if self.drew else f"{how} unsaved", at=self.at)
+        if not saved:
+            return say(f"{how} initialized", at=self.at, folder=self.folder)
+        return say(f"{how} saved", at=self.at, steps=saved, folder=self.folder)
 
     def _left(self, done: int, total: int) -> str:
         """Time left, from the pace since this run's first step; "" before the second."""
@@ -128,7 +133,7 @@ class LivePreview:
         now = time.monotonic()
         if at_once or now > self.said + 1:
             self.said = now
-            show_on_node(f"{text}, folder {self.folder}")
+            show_on_node(say("folder", at=text, folder=self.folder))
 
     def _preview(self, record: Record, text: str) -> tuple | None:
         try:

@@ -72,7 +72,7 @@ def test_a_file_comes_whole_and_under_its_name_alone(server, folder, entry):
     assert found.path == folder / "x.safetensors" and found.path.read_bytes() == DATA
     assert [path.name for path in folder.iterdir()] == ["x.safetensors"]
     assert steps[0] == (0, 0) and steps[-1] == (SIZE, SIZE)
-    assert "0.7 MB from a/b" in found.note and str(found.path) in found.note
+    assert "0.7 MB from a/b" in found.note() and str(found.path) in found.note()
     server.seen.clear()
     assert download(entry, folder).path == found.path and not server.seen
 
@@ -464,7 +464,7 @@ def test_a_token_is_sent_and_stands_nowhere(server, folder, monkeypatch, caplog,
     server.instead = DATA[:-1] + b"!"
     said.append(refused(ENTRY, folder, "SHA-256"))
     server.instead = None
-    said.append(download(ENTRY, folder).note)
+    said.append(download(ENTRY, folder).note())
     assert all(headers["authorization"] == f"Bearer {token}" for _, _, headers in server.seen)
     said += [caplog.text, *capfd.readouterr()]
     assert not any(token in text for text in said)
@@ -504,10 +504,10 @@ def test_a_file_put_there_by_hand_is_found_by_its_blocks(server, folder):
 def test_a_file_put_there_by_hand_is_found_by_its_name_and_compared(server, folder):
     folder.mkdir(parents=True)
     (folder / "x.safetensors").write_bytes(DATA)
-    assert download(ENTRY, folder).note == f"found {folder / 'x.safetensors'}"
-    assert "was not compared" in download(OWN, folder).note
+    assert download(ENTRY, folder).note() == f"found {folder / 'x.safetensors'}"
+    assert "was not compared" in download(OWN, folder).note()
     (folder / "x.safetensors").write_bytes(DATA[:-1] + b"!")
-    assert "its hash is another" in download(ENTRY, folder).note
+    assert "its hash is another" in download(ENTRY, folder).note()
     assert not server.seen
 
 

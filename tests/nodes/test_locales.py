@@ -5,7 +5,8 @@ import re
 
 import pytest
 from comfyui_deltaconv.development import ROOT
-from comfyui_deltaconv.development.locales import FILE, LANGUAGES, node_texts
+from comfyui_deltaconv.development.locales import FILE, LANGUAGES, MESSAGES, node_texts
+from selenium.webdriver.support.ui import WebDriverWait
 
 LOCALES = ROOT / "locales"
 OTHERS = [language for language in LANGUAGES if language != "en"]
@@ -104,4 +105,23 @@ def test_the_page_shows_the_language_that_is_chosen(browser, server):
     open_page(browser, server, Comfy_VueNodes_Enabled=False, Comfy_Locale="fr")
     title = in_page(browser, "return LiteGraph.createNode('DeltaConvApply').title")
     assert title == read("fr")["DeltaConvApply"]["display_name"]
+    # Whatever a node says while it runs, too.
+    in_page(browser, SAYS)
+    said = WebDriverWait(browser, 60).until(lambda _: in_page(browser, SAID))
+    messages = json.loads((LOCALES / "fr" / MESSAGES).read_text(encoding="utf-8"))
+    assert said == messages["prompt known"].format(count=2)
     open_page(browser, server, Comfy_VueNodes_Enabled=False, Comfy_Locale="en")
+
+
+SAYS = """
+await app.loadGraphData({version: 0.4, nodes: [], links: []});
+const [prompt, preview] = ['DeltaConvDemoPrompt', 'PreviewAny'].map(type => LiteGraph.createNode(type));
+app.graph.add(prompt);
+app.graph.add(preview);
+prompt.connect(1, preview, 0);
+await app.queuePrompt(0);
+"""
+SAID = """
+const node = app.graph.nodes.find(node => node.type === 'DeltaConvDemoPrompt');
+return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value
+"""

@@ -64,7 +64,9 @@ def test_apply_and_save_show_what_they_did(model, shown):
     weights = read_weights(demo.DELTACONV_PATH)
     report = DeltaConvApply.execute(model, weights).args[1]
     assert shown[0].startswith("10 of 10 self-attention layers replaced\ncomputation per step ")
-    assert all(line in report for line in shown[0].splitlines())
+    # The report says more of each.
+    for line in shown[0].splitlines():
+        assert line.split(" for one ")[0] in report
     (file,) = DeltaConvSave.execute(weights, "mine/blocks").args
     assert shown[1] == f"saved as {file} in output/deltaconv"
 
