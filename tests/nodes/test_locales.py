@@ -115,7 +115,8 @@ def test_the_page_shows_the_language_that_is_chosen(browser, server):
 
 SAYS = """
 await app.loadGraphData({version: 0.4, nodes: [], links: []});
-const [prompt, preview] = ['DeltaConvDemoPrompt', 'PreviewAny'].map(type => LiteGraph.createNode(type));
+const make = type => LiteGraph.createNode(type);
+const [prompt, preview] = ['DeltaConvDemoPrompt', 'PreviewAny'].map(make);
 app.graph.add(prompt);
 app.graph.add(preview);
 prompt.connect(1, preview, 0);
