@@ -58,7 +58,8 @@ class TextEncoder:
         if len(words) > MAX_WORDS:
             ignored = " ".join(words[MAX_WORDS:])
             sentences.append(say("prompt long", most=MAX_WORDS, words=ignored))
-        return " ".join(sentences) or say("prompt known", count=len(words))
+        known = "prompt known" if len(words) > 1 else "prompt known word"
+        return " ".join(sentences) or say(known, count=len(words))
 
 
 def words_of(prompt: str) -> list[str]:

@@ -14,6 +14,7 @@ ENGLISH = {
     "{width} × {height} latent cells",
     "saved": "saved as {file} in {folder}",
     "prompt known": "All {count} words are known to the demo model.",
+    "prompt known word": "The word is known to the demo model.",
     "prompt empty": "Empty prompt: the model draws without guidance.",
     "prompt unknown": "Unknown to the demo model, and ignored: {words}. It knows {count} words of "
     "Unicode emoji names, such as red apple or tiger face.",

@@ -36,4 +36,5 @@ def test_what_is_ignored_is_named_without_its_punctuation(encoder):
     assert encoder.unknown("zebrafish, woman, ZEBRAFISH") == ["zebrafish"]
     assert "ignored: zebrafish, 🍎." in encoder.report("zebrafish, woman, 🍎")
     assert encoder.report("woman, apple") == "All 2 words are known to the demo model."
+    assert encoder.report("octopus") == "The word is known to the demo model."
     assert encoder.report(" ,. ") == encoder.report("")
