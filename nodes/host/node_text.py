@@ -16,7 +16,9 @@ def show_on_node(text: str) -> None:
     # Import here: without a server the module is missing.
     from server import PromptServer
 
-    PromptServer.instance.send_progress_text(text.translate(_AS_TEXT), context.node_id)
+    # The newer renderer runs lines into one.
+    line = text.replace("\n", "; ").translate(_AS_TEXT)
+    PromptServer.instance.send_progress_text(line, context.node_id)
 
 
 def show_error(error: BaseException, where: str = "") -> None:
