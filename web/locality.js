@@ -49,10 +49,10 @@ function panel(parent, height, width, caption, className) {
 
 function ring(canvas, x, y) {
   const context = canvas.getContext("2d");
-  for (const [colour, lineWidth] of [["#fff", 4], ["#D55E00", 2]]) {
+  for (const [color, lineWidth] of [["#fff", 4], ["#D55E00", 2]]) {
     context.beginPath();
     context.arc(x * canvas.width, y * canvas.height, 6, 0, 2 * Math.PI);
-    Object.assign(context, { strokeStyle: colour, lineWidth });
+    Object.assign(context, { strokeStyle: color, lineWidth });
     context.stroke();
   }
 }
@@ -104,7 +104,7 @@ class LocalityView {
     const add = element("button", { textContent: "Add to points" });
     add.addEventListener("click", () => this.add());
     const scale = element("span", {
-      textContent: `Colours from ${view.low}× (dark) to ${view.high}× (bright) of uniform attention.`,
+      textContent: `Colors from ${view.low}× (dark) to ${view.high}× (bright) of uniform attention.`,
     });
     const bar = element("div", { className: "bar" }, this.label, add);
     this.root.replaceChildren(bar, maps, scale);
