@@ -35,6 +35,7 @@ COMMANDS = {
     "locales": "write the English texts of all nodes, for translations",
     "locality": "measure where the demo teacher's attention looks, on tensors from a file",
     "measures": "find which figure ranks students of the demo as their pictures do",
+    "pictures": "take the pictures of the help pages in a real page",
     "published": "fill in revision, size and hash of the authors' files from Hugging Face",
     "release": "say what still keeps this version from being published",
     "scale": "say what distilling each family on many devices needs; --measure times it here",
