@@ -1,4 +1,4 @@
-"""What a distillation says on its node in the real page: while it runs, stopped, and refused."""
+"""What a refused distillation says on its node in the real page; test_walk.py runs one."""
 
 import json
 
@@ -65,22 +65,6 @@ SMALL = {
     "preview_every": 0,
     "save_every": 5,
 }
-
-
-@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "Vue nodes"])
-def test_the_folder_is_shown_and_an_interrupt_says_how_to_go_on(browser, server, workflow, vue):
-    open_page(browser, server, Comfy_VueNodes_Enabled=vue)
-    number = "00002" if vue else "00001"
-    with_widgets(browser, workflow, **SMALL, folder="")
-    running = wait_for(browser, "layers ")
-    assert running.endswith(f", folder {number}")
-    server.interrupt()
-    stopped = wait_for(browser, "interrupted at layers ")
-    assert f"To go on, queue again with folder {number}" in stopped and "saved after" in stopped
-    shown = "return document.body.innerText"
-    WebDriverWait(browser, 60).until(
-        lambda _: f"queue again with folder {number}" in in_page(browser, shown)
-    )
 
 
 def test_an_error_leaves_no_line_of_another_run(browser, server, workflow):
