@@ -187,8 +187,17 @@ def _bind(
         patcher.add_object_patch(site.forward_key, forward)
 
 
-def _rebind(application: Application, _, clone: comfy.model_patcher.ModelPatcher) -> None:
+def _rebind(
+    application: Application,
+    patcher: comfy.model_patcher.ModelPatcher,
+    clone: comfy.model_patcher.ModelPatcher,
+) -> None:
     """Clone callback: bind again the forwards of another model object or of other blocks."""
+    if clone.model is not patcher.model and not torch.is_inference_mode_enabled():
+        # Train LoRA has the base loaded again to pass gradients through it; the blocks' weights,
+        # made in inference mode, let none through either.
+        load, arguments = clone.get_additional_models_with_key(KEY)[0].cached_patcher_init[:2]
+        clone.set_additional_models(KEY, [load(*arguments)])
     blocks = clone.get_additional_models_with_key(KEY)[0].model
     stale = []
     for path in application.replaced:
