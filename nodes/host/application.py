@@ -156,6 +156,7 @@ class Application:
 
     def before_sampling(self, patcher: ModelPatcher) -> None:
         """ON_PRE_RUN callback: log what has no effect of the nodes after Apply ΔConv."""
+        self.model_sites.forget()
         self.say_inert(patcher)
 
     def say_inert(self, patcher: ModelPatcher, options: Sequence[Mapping] = ()) -> None:

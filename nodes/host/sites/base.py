@@ -184,6 +184,9 @@ class ModelSites(ABC):
     def prepare(self, patcher: ModelPatcher, key: str) -> None:  # noqa: B027 (most need none)
         """Add the wrappers, under `key`, by which `wrap` and `inspecting` learn the map's size."""
 
+    def forget(self) -> None:  # noqa: B027 (most keep nothing)
+        """Forget what the wrappers of an earlier sampling noted."""
+
 
 def intercepting(options: Mapping, size: Size, problem: str, inspect: Inspect) -> dict[str, object]:
     """Transformer options under which the attention of one module is seen by `inspect`.

@@ -119,6 +119,9 @@ class HunyuanDiTSites(TransformerSites):
         self.noted.grid = self.grid_of(x)
         return executor(x, *arguments, **named)
 
+    def forget(self) -> None:
+        self.noted.grid = UNKNOWN
+
     def grid(self, given: Mapping) -> Grid:
         rope = given.get("freqs_cis_img")
         return rope.grid if isinstance(rope, _Rope) else self.noted.grid
