@@ -4,7 +4,7 @@ import logging
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from weakref import ReferenceType
 
@@ -17,6 +17,7 @@ from ...deltaconv.application.fastest import BUDGET, Choice, Choices, Size
 from ...deltaconv.application.report import choices_report
 from .inert import inert_parts
 from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
+from .two_models import BOTH_PASSES, NO_RANGE, TAKEN, not_these_blocks, runs_in_both_passes
 
 log = logging.getLogger(__name__)
 
@@ -42,17 +43,22 @@ class Application:
     @property
     def acts(self) -> bool:
         """Whether blocks act in the model call that this thread is in."""
-        return getattr(self._run, "acts", True)
+        noted = getattr(self._run, "acts", None)
+        return self.percent_range is None if noted is None else noted
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Context: plain attention runs in this thread, on the same loaded model."""
-        before = self.acts
-        self._run.acts = False
+    def acting(self, acts: bool = True) -> Iterator[None]:
+        """Context: blocks act in this thread, whatever the range; or plain attention runs."""
+        before = getattr(self._run, "acts", None)
+        self._run.acts = acts
         try:
             yield
         finally:
             self._run.acts = before
+
+    def resting(self) -> AbstractContextManager[None]:
+        """Context: plain attention runs in this thread, on the same loaded model."""
+        return self.acting(False)
 
     def say_once(self, key: str, message: str) -> None:
         """Log a warning the first time this application meets `key`."""
@@ -74,6 +80,8 @@ class Application:
                 if call.is_whole_map(site.dim):
                     return self.compute(site, convolution, call.x, call.size, call.attend)
                 self.say_once("map", _no_map(site, call))
+            elif not self.acts and getattr(self._run, "acts", None) is None:
+                self.say_once("range", f"ΔConv: {NO_RANGE}")
             return call.attend()
 
         return on_map
@@ -120,7 +128,7 @@ class Application:
         self.chosen[path, (batch, *size)] = choice
         return choice.takes_block
 
-    def after_sampling(self, _: ModelPatcher) -> None:
+    def after_sampling(self, patcher: ModelPatcher) -> None:
         """ON_CLEANUP callback: log once what was chosen for every shape."""
         sentences = choices_report(self.chosen)
         if judged := sum(not choice.measured for choice in self.chosen.values()):
@@ -132,17 +140,15 @@ class Application:
             if sentence not in self._said:
                 self._said.add(sentence)
                 log.info("ΔConv: %s", sentence)
+        if not_these_blocks(patcher, self.model_sites, self.replaced):
+            self.say_once("other model", f"ΔConv: {TAKEN}")
 
     def around_model_call(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper, which PixArt calls too: note whether this sigma is in the range."""
         sampling = executor.class_obj.model_sampling
         start, end = (sampling.percent_to_sigma(percent) for percent in self.percent_range)
-        before = self.acts
-        self._run.acts = end <= float(t.max()) <= start
-        try:
+        with self.acting(end <= float(t.max()) <= start):
             return executor(x, t, *args, **kwargs)
-        finally:
-            self._run.acts = before
 
     def around_sampling(self, executor, *args, **kwargs):
         """OUTER_SAMPLE wrapper: log what has no effect, with the patches that hooks bring."""
@@ -152,6 +158,8 @@ class Application:
         options = [guider.model_options.get("transformer_options", {})]
         options += [hook.transformers_dict or {} for hook in own]
         self.say_inert(guider.model_patcher, options)
+        if runs_in_both_passes(guider, self.model_sites, self.replaced):
+            self.say_once("both passes", f"ΔConv: {BOTH_PASSES}")
         return executor(*args, **kwargs)
 
     def before_sampling(self, patcher: ModelPatcher) -> None:

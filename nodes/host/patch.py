@@ -120,7 +120,8 @@ def choose_ways(
     models = [patched, *patched.get_nested_additional_models()]
     comfy.model_management.load_models_gpu(models)
     for call in site_calls(patched, application, batch, latent_size):
-        call()
+        with application.acting():
+            call()
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 

@@ -27,6 +27,8 @@ GRID = "deltaconv_grid"
 # Frames, rows and columns; 0 frames: nothing says how many.
 Grid = tuple[int, int, int]
 UNKNOWN: Grid = (0, 0, 0)
+# ComfyUI calls a guider's second model with the first one's wrappers.
+_UNKNOWN_MAP = "tokens of an unknown map, as in the second model of Dual Model CFG Guider"
 
 
 class TransformerSites(ModelSites):
@@ -162,7 +164,7 @@ class TransformerSites(ModelSites):
         frames, rows, columns = self.grid(given)
         context = given.get("context")
         if frames != 1:
-            problem = f"a video of {frames} frames" if frames else "tokens of an unknown map"
+            problem = f"a video of {frames} frames" if frames else _UNKNOWN_MAP
         elif (more := x.shape[1] - rows * columns) > 0:
             problem = f"{more} tokens beside its map, of reference images or guides"
         else:
