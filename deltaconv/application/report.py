@@ -93,13 +93,15 @@ class Inert:
     """Counts of other nodes' changes that have no effect on replaced layers.
 
     `weights` counts patches by what made them, `modules` exchanged parts of layers; `attention`
-    and `covered` count layers whose attention, or the layer itself, another node takes over.
+    and `covered` count layers whose attention, or the layer itself, another node takes over, and
+    `trained` those in which a node trains something.
     """
 
     weights: Mapping[str, int]
     modules: int
     attention: int
     covered: int
+    trained: int
     replaced: int
 
 
@@ -123,6 +125,11 @@ def inert_sentences(inert: Inert) -> dict[str, str]:
         sentences["covered"] = (
             f"in {inert.covered} {layers} another node put a module or forward of its own over the "
             "block: it runs only where that calls it; connect Apply ΔConv after that node"
+        )
+    if inert.trained:
+        sentences["trained"] = (
+            f"in {inert.trained} {layers} what a training node (as Train LoRA) adds stays "
+            "untrained where blocks run; connect that node before Apply ΔConv to train it there"
         )
     return sentences
 

@@ -38,6 +38,7 @@ def inert_parts(
                 any(model_sites.is_taken(p, entry) for entry in options) for p in replaced
             ),
             covered=_covered(patcher, forwards),
+            trained=_trained(patcher, inside),
             replaced=len(replaced),
         )
     )
@@ -78,6 +79,16 @@ def _bypassed(inject: Callable) -> Iterator[str]:
         with suppress(ValueError):
             if isinstance(cell.cell_contents, BypassInjectionManager):
                 yield from cell.cell_contents.adapters
+
+
+def _trained(patcher: ModelPatcher, inside: tuple[str, ...]) -> int:
+    """In how many layers a node trains what it puts around the weights."""
+    trained = set()
+    for name, wrappers in patcher.weight_wrapper_patches.items():
+        parameters = (p for each in wrappers for p in getattr(each, "parameters", list)())
+        if any(parameter.requires_grad for parameter in parameters):
+            trained.update(prefix for prefix in inside if name.startswith(prefix))
+    return len(trained)
 
 
 def _covered(patcher: ModelPatcher, forwards: set[str]) -> int:
