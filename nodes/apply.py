@@ -8,7 +8,7 @@ from ..kernels import GATES
 from .host.application import Application
 from .host.inert import inert_parts
 from .host.messages import say
-from .host.node_text import show_on_node
+from .host.node_text import running_node, show_on_node
 from .host.patch import attach, choose_ways, compute_dtype, is_patched, load_blocks
 from .host.sites import find_sites
 from .node import Node
@@ -163,7 +163,8 @@ class DeltaConvApply(Node):
             where_faster=application.where_faster,
             chosen=application.chosen,
         )
-        show_on_node(application_summary(facts, say))
+        application.node, application.summary = running_node(), application_summary(facts, say)
+        show_on_node(application.summary)
         return io.NodeOutput(patched, application_report(facts))
 
 

@@ -16,6 +16,7 @@ from ...deltaconv import DeltaConvBlock
 from ...deltaconv.application.fastest import BUDGET, Choice, Choices, Size
 from ...deltaconv.application.report import choices_report
 from .inert import inert_parts
+from .node_text import show_on_node
 from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
 from .two_models import BOTH_PASSES, NO_RANGE, TAKEN, not_these_blocks, runs_in_both_passes
 
@@ -37,7 +38,13 @@ class Application:
     where_faster: bool = False
     # Site path and shape [B, H, W] → what was chosen for it, in the order first met.
     chosen: dict[tuple[str, tuple[int, int, int]], Choice] = field(default_factory=dict)
+    # The node's id and what stands on it, where what is said while sampling follows.
+    node: str = ""
+    summary: str = ""
     _said: set[str] = field(default_factory=set)
+    # Warnings in the order in which they came, and how many of them the node shows.
+    _warnings: list[str] = field(default_factory=list)
+    _shown: int = 0
     _run: threading.local = field(default_factory=threading.local)
 
     @property
@@ -64,7 +71,15 @@ class Application:
         """Log a warning the first time this application meets `key`."""
         if key not in self._said:
             self._said.add(key)
+            self._warnings.append(message)
             log.warning(message)
+
+    def say_on_running(self, key: str, message: str) -> None:
+        """Show a sentence on the node that is being executed, and log it once."""
+        if key not in self._said:
+            self._said.add(key)
+            log.warning(message)
+        show_on_node(message)
 
     def replacing(self, site: Site, block: ReferenceType[DeltaConvBlock]) -> OnMap:
         """A handler of calls of `site`: its block where blocks act, else plain attention.
@@ -129,7 +144,7 @@ class Application:
         return choice.takes_block
 
     def after_sampling(self, patcher: ModelPatcher) -> None:
-        """ON_CLEANUP callback: log once what was chosen for every shape."""
+        """ON_CLEANUP callback: log once what was chosen for every shape; show what was said."""
         sentences = choices_report(self.chosen)
         if judged := sum(not choice.measured for choice in self.chosen.values()):
             sentences.append(
@@ -142,6 +157,9 @@ class Application:
                 log.info("ΔConv: %s", sentence)
         if not_these_blocks(patcher, self.model_sites, self.replaced):
             self.say_once("other model", f"ΔConv: {TAKEN}")
+        if self.node and self._shown < len(self._warnings):
+            self._shown = len(self._warnings)
+            show_on_node("\n".join([self.summary, *self._warnings]), self.node)
 
     def around_model_call(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper, which PixArt calls too: note whether this sigma is in the range."""

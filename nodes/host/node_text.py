@@ -1,4 +1,4 @@
-"""Text on the node that is being executed; the page shows it below the widgets."""
+"""Text on a node, mostly the one that is being executed; the page shows it below the widgets."""
 
 from comfy_execution.utils import get_executing_context
 
@@ -6,19 +6,25 @@ from comfy_execution.utils import get_executing_context
 _AS_TEXT = str.maketrans({each: f"&#{ord(each)};" for each in "&<>[]*_`~\\"})
 
 
-def show_on_node(text: str) -> None:
-    """Replace the running node's text; does nothing without a server.
+def running_node() -> str:
+    """The id of the node that is being executed; "" without a server."""
+    context = get_executing_context()
+    return "" if context is None else context.node_id
+
+
+def show_on_node(text: str, node: str | None = None) -> None:
+    """Replace a node's text, that of the running one by default; does nothing without a server.
 
     Names and prompts in it come from strangers: nothing in it acts as markup.
     """
-    if (context := get_executing_context()) is None:
+    if not running_node():
         return
     # Import here: without a server the module is missing.
     from server import PromptServer
 
     # The newer renderer runs lines into one.
     line = text.replace("\n", "; ").translate(_AS_TEXT)
-    PromptServer.instance.send_progress_text(line, context.node_id)
+    PromptServer.instance.send_progress_text(line, node or running_node())
 
 
 def show_error(error: BaseException, where: str = "") -> None:

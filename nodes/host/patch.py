@@ -19,6 +19,7 @@ from ...deltaconv import DeltaConvBlock, DeltaConvWeights
 from .application import Application
 from .object_patches import restore_in_order, restore_in_reverse, stock_forward
 from .ops import LendingCast
+from .taken_weights import say_what_is_taken, take_silently
 
 KEY = "deltaconv"
 
@@ -106,6 +107,7 @@ def attach(
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, application.around_model_call)
     application.model_sites.prepare(patched, KEY)
     restore_in_reverse(patched)
+    say_what_is_taken(patched, application.say_on_running)
     _bind(patched, application, application.replaced)
     return patched
 
@@ -159,6 +161,7 @@ def detach(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Model
     for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         clone.remove_wrappers_with_key(wrapper, KEY)
     restore_in_order(clone)
+    take_silently(clone)
     for name, forward in list(clone.object_patches.items()):
         if binding := getattr(forward, "deltaconv", None):
             if binding.chained:
@@ -194,6 +197,7 @@ def _rebind(
     clone: comfy.model_patcher.ModelPatcher,
 ) -> None:
     """Clone callback: bind again the forwards of another model object or of other blocks."""
+    say_what_is_taken(clone, application.say_on_running)
     if clone.model is not patcher.model and not torch.is_inference_mode_enabled():
         # Train LoRA has the base loaded again to pass gradients through it; the blocks' weights,
         # made in inference mode, let none through either.
