@@ -98,6 +98,7 @@ def attach(
     patched = detach(model)
     patched.set_additional_models(KEY, [blocks])
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, application.before_sampling)
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _let_gradients_pass)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, application.after_sampling)
     rebind = functools.partial(_rebind, application)
     for event in CLONE_EVENTS:
@@ -191,17 +192,13 @@ def _bind(
         patcher.add_object_patch(site.forward_key, forward)
 
 
-def _rebind(
-    application: Application,
-    patcher: comfy.model_patcher.ModelPatcher,
-    clone: comfy.model_patcher.ModelPatcher,
-) -> None:
+def _rebind(application: Application, _, clone: comfy.model_patcher.ModelPatcher) -> None:
     """Clone callback: bind again the forwards of another model object or of other blocks."""
     say_what_is_taken(clone, application.say_on_running)
-    if clone.model is not patcher.model and not torch.is_inference_mode_enabled():
-        # Train LoRA has the base loaded again to pass gradients through it; the blocks' weights,
-        # made in inference mode, let none through either.
-        load, arguments = clone.get_additional_models_with_key(KEY)[0].cached_patcher_init[:2]
+    (own,) = clone.get_additional_models_with_key(KEY)
+    if not torch.is_inference_mode_enabled() and _made_in_inference(own.model):
+        # Train LoRA passes gradients through its clone, and such weights let none through.
+        load, arguments = own.cached_patcher_init[:2]
         clone.set_additional_models(KEY, [load(*arguments)])
     blocks = clone.get_additional_models_with_key(KEY)[0].model
     stale = []
@@ -212,6 +209,21 @@ def _rebind(
         if binding and (binding.model() is not clone.model or binding.blocks() is not blocks):
             stale.append(path)
     _bind(clone, application, stale)
+
+
+def _let_gradients_pass(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """ON_PRE_RUN callback: an older Train LoRA clones in inference mode, and trains outside."""
+    if torch.is_inference_mode_enabled() or patcher.is_dynamic():
+        return
+    (blocks,) = patcher.get_additional_models_with_key(KEY)
+    for module in blocks.model.modules() if _made_in_inference(blocks.model) else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.clone(), False)
+
+
+def _made_in_inference(blocks: torch.nn.Module) -> bool:
+    return any(parameter.is_inference() for parameter in blocks.parameters())
 
 
 def original_forward(patcher: comfy.model_patcher.ModelPatcher, key: str):
