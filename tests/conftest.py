@@ -84,7 +84,7 @@ def as_comfyui_runs_nodes(comfy):
 
     with torch.inference_mode():
         yield
-    # Dead models first: 0.18.2 counts its list of loaded models wrong where one dies meanwhile.
+    # Dead models first: 0.18 counts its list of loaded models wrong where one dies meanwhile.
     gc.collect()
     comfy.model_management.unload_all_models()
 

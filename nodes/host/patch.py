@@ -23,7 +23,7 @@ from .taken_weights import say_what_is_taken, take_silently
 
 KEY = "deltaconv"
 
-# Clones for several GPUs get their blocks only after ON_CLONE; 0.18.2 has no such event.
+# Clones for several GPUs get their blocks only after ON_CLONE; 0.18 has no such event.
 CLONE_EVENTS = [
     getattr(CallbacksMP, event)
     for event in ("ON_CLONE", "ON_DEEPCLONE_MULTIGPU")

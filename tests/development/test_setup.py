@@ -43,7 +43,7 @@ def test_comfyui_path_must_be_a_comfyui(tmp_path, monkeypatch):
         tree.chosen_tree()
 
 
-@pytest.mark.parametrize(("version", "accepted"), [("0.18.1", False), ("0.18.2", True)])
+@pytest.mark.parametrize(("version", "accepted"), [("0.17.9", False), ("0.18.0", True)])
 def test_comfyui_path_must_be_new_enough(tmp_path, monkeypatch, version, accepted):
     for name in ("main.py", "requirements.txt"):
         (tmp_path / name).touch()
@@ -52,7 +52,7 @@ def test_comfyui_path_must_be_new_enough(tmp_path, monkeypatch, version, accepte
     if accepted:
         assert tree.chosen_tree() == tmp_path.resolve()
     else:
-        with pytest.raises(DevelopmentError, match=r"0\.18\.2 or newer .* got 0\.18\.1"):
+        with pytest.raises(DevelopmentError, match=r"0\.18\.0 or newer .* got 0\.17\.9"):
             tree.chosen_tree()
 
 
