@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from comfyui_deltaconv.deltaconv import DeltaConvBlock
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+from controls import control_net, controlled, t2i_adapter
 from host_models import SMALL, SMALL_PIXART, host_model, randomize
 from patched_models import lora_state
 
@@ -81,7 +82,7 @@ def sdxl():
 def pixart():
     model = randomize(host_model("PixArtSigma", SMALL_PIXART), 0.1)
     return Case(
-        model, torch.zeros(1, 4, 36, 48), _condition(8, 32, 1), _condition(8, 32, 2), ".attn.qkv"
+        model, torch.zeros(1, 4, 34, 38), _condition(8, 32, 1), _condition(8, 32, 2), ".attn.qkv"
     )
 
 
@@ -129,10 +130,10 @@ def node(module: str, name: str, **inputs):
             found = importlib.import_module(module)  # noqa: TID251 (one of ComfyUI's)
         except ImportError as error:
             raise Missing(name) from error
-        kind = _find(found, name)
+        kind = find_node(found, name)
         if hasattr(kind, "define_schema"):
             schema = kind.define_schema()
-            defaults = {entry.id: _first_value(entry) for entry in schema.inputs[1:]}
+            defaults = {entry.id: first_value(entry) for entry in schema.inputs[1:]}
             result = kind.execute(model=model, **{**defaults, **inputs})
             return result.args[0] if hasattr(result, "args") else result[0]
         types = kind.INPUT_TYPES()
@@ -147,14 +148,14 @@ def node(module: str, name: str, **inputs):
     return change
 
 
-def _first_value(entry):
+def first_value(entry):
     """What a new node's widget holds."""
     default = getattr(entry, "default", None)
     options = getattr(entry, "options", None)
     return options[0] if default is None and options else default
 
 
-def _find(module, name):
+def find_node(module, name):
     if name in getattr(module, "NODE_CLASS_MAPPINGS", {}):
         return module.NODE_CLASS_MAPPINGS[name]
     for value in vars(module).values():
@@ -170,6 +171,14 @@ def lora_by_patch(case, model):
 
     state = lora_state(model, case.attention)
     return comfy.sd.load_lora_for_models(model, None, state, 1.0, 1.0)[0]
+
+
+def lora_by_bypass(case, model):
+    """A LoRA on every self-attention that runs beside the weights, as LoraLoaderBypass loads it."""
+    import comfy.sd
+
+    state = lora_state(model, case.attention)
+    return comfy.sd.load_bypass_lora_for_models(model, None, state, 1.0, 1.0)[0]
 
 
 def attn2_patch(case, model):
@@ -218,43 +227,82 @@ def merged(case, model):
     return clone
 
 
-_EXTRAS = "comfy_extras.nodes_"
+def _most(size):
+    """Seven eighths, in whole patches: PixArt has a least size of its own."""
+    return size * 7 // 16 * 2
+
+
+def context_windows(case, model):
+    """Windows over the rows of the latent, fused where they overlap: core's own tiling."""
+    rows = case.latent.ndim - 2
+    length = _most(case.latent.shape[rows])
+    inputs = {
+        "context_length": length,
+        "context_overlap": length // 3,
+        "dim": rows,
+        "cond_retain_index_list": "",
+        "causal_window_fix": False,
+    }
+    return node(f"{EXTRAS}context_windows", "ContextWindowsManual", **inputs)(case, model)
+
+
+def tiled(case, model):
+    """What Tiled Diffusion does: the model draws overlapping tiles of a step's latent in turn."""
+
+    def wrapper(apply_model, arguments):
+        x, sigma, given = arguments["input"], arguments["timestep"], arguments["c"]
+        width = _most(x.shape[-1])
+        drawn, count = torch.zeros_like(x), torch.zeros_like(x)
+        for tile in (slice(None, width), slice(-width, None)):
+            drawn[..., tile] += apply_model(x[..., tile], sigma, **given)
+            count[..., tile] += 1
+        return drawn / count
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+EXTRAS = "comfy_extras.nodes_"
 # Name → what the node does to a MODEL.
 PATCHES = {
     "LoRA, by patch": lora_by_patch,
+    "LoRA, by bypass": lora_by_bypass,
     "IP-Adapter style attn2 patch": attn2_patch,
     "attn1 patch": attn1_patch,
     "attn1 replacement (StyleAligned)": attn1_replaced,
     "merge of weights": merged,
-    "Perturbed-Attention Guidance": node(f"{_EXTRAS}pag", "PerturbedAttentionGuidance"),
-    "Self-Attention Guidance": node(f"{_EXTRAS}sag", "SelfAttentionGuidance"),
-    "Normalized Attention Guidance": node(f"{_EXTRAS}nag", "NAGuidance"),
-    "HyperTile": node(f"{_EXTRAS}hypertile", "HyperTile", tile_size=32),
-    "ToMe": node(f"{_EXTRAS}tomesd", "TomePatchModel", ratio=0.5),
-    "Deep Shrink": node(f"{_EXTRAS}model_downscale", "PatchModelAddDownscale", block_number=1),
-    "EasyCache": node(f"{_EXTRAS}easycache", "EasyCache", reuse_threshold=3.0, start_percent=0.0),
-    "LazyCache": node(f"{_EXTRAS}easycache", "LazyCache", reuse_threshold=3.0, start_percent=0.0),
-    "FreeU": node(f"{_EXTRAS}freelunch", "FreeU"),
-    "FreeU V2": node(f"{_EXTRAS}freelunch", "FreeU_V2"),
-    "RescaleCFG": node(f"{_EXTRAS}model_advanced", "RescaleCFG"),
-    "APG": node(f"{_EXTRAS}apg", "APG"),
+    "Perturbed-Attention Guidance": node(f"{EXTRAS}pag", "PerturbedAttentionGuidance"),
+    "Self-Attention Guidance": node(f"{EXTRAS}sag", "SelfAttentionGuidance"),
+    "Normalized Attention Guidance": node(f"{EXTRAS}nag", "NAGuidance"),
+    "HyperTile": node(f"{EXTRAS}hypertile", "HyperTile", tile_size=32),
+    "ToMe": node(f"{EXTRAS}tomesd", "TomePatchModel", ratio=0.5),
+    "Deep Shrink": node(f"{EXTRAS}model_downscale", "PatchModelAddDownscale", block_number=1),
+    "EasyCache": node(f"{EXTRAS}easycache", "EasyCache", reuse_threshold=3.0, start_percent=0.0),
+    "LazyCache": node(f"{EXTRAS}easycache", "LazyCache", reuse_threshold=3.0, start_percent=0.0),
+    "FreeU": node(f"{EXTRAS}freelunch", "FreeU"),
+    "FreeU V2": node(f"{EXTRAS}freelunch", "FreeU_V2"),
+    "RescaleCFG": node(f"{EXTRAS}model_advanced", "RescaleCFG"),
+    "APG": node(f"{EXTRAS}apg", "APG"),
     "Skip Layer Guidance (DiT)": node(
-        f"{_EXTRAS}slg", "SkipLayerGuidanceDiT", double_layers="0", single_layers="0"
+        f"{EXTRAS}slg", "SkipLayerGuidanceDiT", double_layers="0", single_layers="0"
     ),
-    "CFG-Zero*": node(f"{_EXTRAS}cfg", "CFGZeroStar"),
-    "CFGNorm": node(f"{_EXTRAS}cfg", "CFGNorm"),
-    "Mahiro": node(f"{_EXTRAS}mahiro", "Mahiro"),
-    "TCFG": node(f"{_EXTRAS}tcfg", "TCFG"),
-    "FreSca": node(f"{_EXTRAS}fresca", "FreSca"),
-    "Epsilon Scaling": node(f"{_EXTRAS}eps", "Epsilon Scaling"),
-    "Temporal Score Rescaling": node(f"{_EXTRAS}eps", "TemporalScoreRescaling"),
+    "CFG-Zero*": node(f"{EXTRAS}cfg", "CFGZeroStar"),
+    "CFGNorm": node(f"{EXTRAS}cfg", "CFGNorm"),
+    "Mahiro": node(f"{EXTRAS}mahiro", "Mahiro"),
+    "TCFG": node(f"{EXTRAS}tcfg", "TCFG"),
+    "FreSca": node(f"{EXTRAS}fresca", "FreSca", freq_cutoff=2),
+    "Epsilon Scaling": node(f"{EXTRAS}eps", "Epsilon Scaling"),
+    "Temporal Score Rescaling": node(f"{EXTRAS}eps", "TemporalScoreRescaling"),
     "UNet self-attention multiply": node(
-        f"{_EXTRAS}attention_multiply", "UNetSelfAttentionMultiply", q=1.2
+        f"{EXTRAS}attention_multiply", "UNetSelfAttentionMultiply", q=1.2
     ),
     "UNet cross-attention multiply": node(
-        f"{_EXTRAS}attention_multiply", "UNetCrossAttentionMultiply", q=1.2
+        f"{EXTRAS}attention_multiply", "UNetCrossAttentionMultiply", q=1.2
     ),
-    "Differential Diffusion": node(f"{_EXTRAS}differential_diffusion", "DifferentialDiffusion"),
+    "Differential Diffusion": node(f"{EXTRAS}differential_diffusion", "DifferentialDiffusion"),
+    "context windows over rows": context_windows,
+    "tiles (Tiled Diffusion)": tiled,
 }
 
 
@@ -270,7 +318,7 @@ def mask(case):
     where = torch.zeros(1, *case.latent.shape[-2:])
     where[..., : where.shape[-1] // 2] = 1
     masked = {"mask": where, "mask_strength": 1.0, "set_area_to_bounds": False}
-    return [[text, {**more, **masked}], case.positive[0]]
+    return [[text * 0.5, {**more, **masked}], case.positive[0]]
 
 
 def timesteps(case):
@@ -283,11 +331,23 @@ def timesteps(case):
 def lengths(case):
     """Prompts of several lengths, as long ones are."""
     text, more = case.positive[0]
-    return [[torch.cat([text, text], 1), more]]
+    return [[torch.cat([text, text * 0.5], 1), more]]
+
+
+def hooked_lora(case):
+    """A LoRA on every self-attention for this prompt alone, as Create Hook LoRA brings it."""
+    import comfy.hooks
+
+    hooks = comfy.hooks.create_hook_lora(lora_state(case.model, case.attention), 1.0, 1.0)
+    return comfy.hooks.set_hooks_for_conditioning(case.positive, hooks)
 
 
 # Name → the positive conditioning of a case.
 CONDITIONS = {
+    "LoRA, by hook": hooked_lora,
+    "ControlNet": controlled(control_net),
+    "ControlNet, from 40% to 80% of sampling": controlled(control_net, 0.4, 0.8),
+    "T2I-Adapter": controlled(t2i_adapter),
     "areas": area,
     "masks": mask,
     "timestep ranges": timesteps,
@@ -319,8 +379,63 @@ def batch(case, model):
     return comfy.sample.sample(model, noise, *arguments, seed=1)
 
 
+def guided(make):
+    """A sampling by the guider that `make` gives of core's nodes and a case."""
+
+    def sampling(case, model):
+        return sample_by(make(case, model), case)
+
+    return sampling
+
+
+def sample_by(guider, case, steps=2):
+    """What SamplerCustomAdvanced draws by a guider."""
+    import comfy.sample
+    import comfy.samplers
+
+    schedule = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(schedule, "simple", steps)
+    noise = comfy.sample.prepare_noise(case.latent, 1)
+    sampler = comfy.samplers.sampler_object("euler")
+    return guider.sample(noise, case.latent, sampler, sigmas, seed=1)
+
+
+def _guider(module, name, *inputs, **named):
+    found = importlib.import_module(f"{EXTRAS}{module}")  # noqa: TID251 (one of ComfyUI's)
+    return find_node(found, name).execute(*inputs, **named).args[0]
+
+
+def basic_guider(case, model):
+    return _guider("custom_sampler", "BasicGuider", model, case.positive)
+
+
+def cfg_guider(case, model):
+    return _guider("custom_sampler", "CFGGuider", model, case.positive, case.negative, 3.0)
+
+
+def dual_cfg_guider(case, model):
+    prompts = case.positive, case.negative, case.negative
+    return _guider("custom_sampler", "DualCFGGuider", model, *prompts, 3.0, 2.0, "regular")
+
+
+def perp_neg_guider(case, model):
+    prompts = case.positive, case.negative, case.negative
+    return _guider("perpneg", "PerpNegGuider", model, *prompts, 3.0, 1.0)
+
+
+def dual_model_guider(case, first, second):
+    """The first model draws the prompt, the second what it is held against."""
+    prompts = {"positive": case.positive, "negative": case.negative}
+    inputs = {"model": first, "model_negative": second, "cfg": 3.0, **prompts}
+    return _guider("custom_sampler", "DualModelGuider", **inputs)
+
+
 # Name → a sampling of its own.
 SAMPLINGS = {
+    "Basic Guider": guided(basic_guider),
+    "CFG Guider": guided(cfg_guider),
+    "Dual CFG Guider": guided(dual_cfg_guider),
+    "Perp-Neg Guider": guided(perp_neg_guider),
     "inpainting": inpaint,
     "image to image": image_to_image,
     "CFG 1": without_guidance,
