@@ -5,7 +5,7 @@ Flat: the maps (u, or x and u), the projections if any, all kernels, the biases 
 kernel's time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -33,9 +33,11 @@ def run(
     gate: str,
     biased: int,
     gradient: torch.Tensor | None = None,
+    options: Mapping[str, str] | None = None,
 ):
     """The op on flat tensors; with the gradient of its result, the gradients of all of them.
 
+    `options`: those of the forward pass in Triton.
     In place of x's gradient stands that of its mean, as the backward passes give it.
     """
     if op == "gated_pyramid":
@@ -48,7 +50,7 @@ def run(
     request = backend.request_of(maps[-1], weights, scales)
     arguments = (*maps, weights, scales, gate, *linear, biases)
     if gradient is None:
-        return backend.run(op, request, *arguments)
+        return backend.run(op, request, *arguments, **(options or {}))
     return backend.run(f"{op}_backward", request, gradient, *arguments)
 
 
@@ -63,10 +65,10 @@ def through_mean(op: str, gradients: list[torch.Tensor], tensors: Sequence[torch
 
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, scales, gate, biased, *tensors):
+    def forward(ctx, op, scales, gate, biased, options, *tensors):
         ctx.op, ctx.call = op, (scales, gate, biased)
         ctx.save_for_backward(*tensors)
-        return run(op, tensors, *ctx.call)
+        return run(op, tensors, *ctx.call, options=options)
 
     @staticmethod
     @once_differentiable
@@ -74,9 +76,16 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx, gradient):  # pyrefly: ignore[bad-override]
         tensors = ctx.saved_tensors
         gradients = run(ctx.op, tensors, *ctx.call, gradient=gradient)
-        return None, None, None, None, *through_mean(ctx.op, gradients, tensors)
+        return None, None, None, None, None, *through_mean(ctx.op, gradients, tensors)
 
 
-def record(op: str, tensors: Sequence[torch.Tensor], scales, gate: str, biased: int):
-    """The op on flat tensors, differentiable in all of them."""
-    return _Recorded.apply(op, scales, gate, biased, *tensors)
+def record(
+    op: str,
+    tensors: Sequence[torch.Tensor],
+    scales,
+    gate: str,
+    biased: int,
+    options: Mapping[str, str],
+):
+    """The op on flat tensors, differentiable in all of them; `options` as in `run`."""
+    return _Recorded.apply(op, scales, gate, biased, options, *tensors)

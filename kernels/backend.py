@@ -2,6 +2,7 @@
 
 Where Triton cannot run, torch's operators do, and the reasons are logged once.
 DELTACONV_KERNELS=torch or triton forces one; forced and impossible is an error.
+DELTACONV_CONVOLUTION=bands has Triton's forward pass convolve on tensor cores.
 """
 
 import logging
@@ -17,6 +18,7 @@ from . import eager
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_KERNEL = 17
+CONVOLUTIONS = ("rows", "bands")
 # Positions along one axis are squared in 32-bit integers.
 LONGEST_SIDE = 32767
 
@@ -88,6 +90,18 @@ def forced() -> str | None:
     return os.environ.get("DELTACONV_KERNELS")
 
 
+def convolution(wanted: str | None = None) -> str:
+    """How Triton's forward pass convolves: as `wanted`, or else as the environment says.
+
+    `rows` in registers, or `bands`, products on tensor cores, which 16 bits alone can take. Raises
+    ValueError for anything else.
+    """
+    found = wanted or os.environ.get("DELTACONV_CONVOLUTION") or CONVOLUTIONS[0]
+    if found not in CONVOLUTIONS:
+        raise ValueError(f"Expected the convolution to be one of {CONVOLUTIONS}, got {found!r}.")
+    return found
+
+
 @lru_cache(maxsize=1024)
 def uses_triton(request: Request, wanted: str | None) -> bool:
     """Whether the Triton kernels run this; `wanted` is the value of DELTACONV_KERNELS."""
@@ -124,8 +138,11 @@ def _device_context(device: torch.device):
     return module.device(device)
 
 
-def run(op: str, request: Request, *arguments):
-    """The op's Triton form if it can run, else torch's; neither records a gradient."""
+def run(op: str, request: Request, *arguments, **options):
+    """The op's Triton form, with `options`, if it can run, else torch's.
+
+    Neither records a gradient.
+    """
     if uses_triton(request, forced()):
         from triton import TritonError
 
@@ -134,7 +151,7 @@ def run(op: str, request: Request, *arguments):
         fused = getattr(forward, op, None) or getattr(backward, op)
         try:
             with _device_context(request.device):
-                return fused(*arguments)
+                return fused(*arguments, **options)
         except TritonError as error:
             # A device that is too small for a kernel falls back to torch.
             if forced() == "triton":

@@ -6,7 +6,7 @@ traces: torch's dispatcher costs more than a small launch.
 
 import torch
 
-from . import autograd
+from . import autograd, backend
 
 # The maps, projections, kernels and biases behind each other; a bit for every scale with a bias.
 _FLAT = "Tensor[] tensors, float[] scales, str gate, int biased"
@@ -21,7 +21,8 @@ def _defined(op: str, empty_result):
 
     @_define(op, f"({_FLAT}) -> Tensor")
     def forward(tensors, scales, gate, biased):
-        return autograd.run(op, tensors, scales, gate, biased)
+        chosen = {"convolution": backend.convolution()} if op == "pyramid_projection" else None
+        return autograd.run(op, tensors, scales, gate, biased, options=chosen)
 
     @forward.register_fake
     def _(tensors, scales, gate, biased):

@@ -1,6 +1,7 @@
 """The public ops: each checks its tensors, then runs recorded, compiled or neither."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -8,6 +9,7 @@ from . import autograd, backend, eager
 from .reference import GATES, Biases, Projections
 
 _PROJECTED = ("x", *Projections._fields)
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def gated_pyramid(
@@ -35,19 +37,22 @@ def pyramid_projection(
     gate: str,
     projections: Projections,
     biases: Biases = (),
+    convolution: str | None = None,
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C]: a block behind its first projection.
 
     The gated pyramid of u through `out`, plus the mean of x through `pool`; see
     `pyramid_projection_definition`. All weights are used in the dtype of u. Differentiable in
-    every tensor; only x and u are kept for the backward pass.
+    every tensor; only x and u are kept for the backward pass. `convolution`: see
+    `backend.convolution`; torch.compile takes the environment's.
     """
     check(u, weights, scales, gate, biases, x, projections)
     dtype = u.dtype
     # Check dtype first: `.to()` has host overhead even as a no-op.
     if any([tensor.dtype != dtype for tensor in projections]):
         projections = Projections._make([tensor.to(dtype) for tensor in projections])
-    return _call("pyramid_projection", (x, u), weights, scales, gate, projections, biases)
+    chosen = {"convolution": backend.convolution(convolution)}
+    return _call("pyramid_projection", (x, u), weights, scales, gate, projections, biases, chosen)
 
 
 def _call(
@@ -58,8 +63,9 @@ def _call(
     gate: str,
     projections: Projections | None,
     biases: Biases,
+    options: Mapping[str, str] = NOTHING,
 ) -> torch.Tensor:
-    """The op on its maps, the last of which is u."""
+    """The op on its maps, the last of which is u; `options` are those of its Triton form."""
     if not any([bias is not None for bias in biases]):
         biases = ()
     if torch.compiler.is_compiling():
@@ -72,14 +78,14 @@ def _call(
     arguments = (*maps, weights, scales, gate, *linear, biases)
     request = backend.request_of(maps[-1], weights, scales)
     if not torch.is_grad_enabled():
-        return backend.run(op, request, *arguments)
+        return backend.run(op, request, *arguments, **options)
     tensors, biased = autograd.flatten(maps, projections, weights, biases)
     if not any([tensor.requires_grad for tensor in tensors]):
-        return backend.run(op, request, *arguments)
+        return backend.run(op, request, *arguments, **options)
     if not backend.uses_triton(request, backend.forced()):
         # torch records its own operators.
         return getattr(eager, op)(*arguments)
-    return autograd.record(op, tensors, scales, gate, biased)
+    return autograd.record(op, tensors, scales, gate, biased, options)
 
 
 def check(

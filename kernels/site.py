@@ -26,19 +26,20 @@ class SiteProjection:
     """A caller's `pyramid_projection`: the same arguments and result, with less work per call.
 
     Weights are recognized by identity and address; others are checked and prepared anew. Copies
-    and pickles start empty.
+    and pickles start empty. `convolution`: see `backend.convolution`.
     """
 
-    def __init__(self):
+    def __init__(self, convolution: str | None = None):
+        self._convolution = convolution
         self._weights: tuple = ()
         self._addresses: tuple[int, ...] = ()
         self._prepared: dict = {}
 
     def __deepcopy__(self, _) -> "SiteProjection":
-        return SiteProjection()
+        return SiteProjection(self._convolution)
 
     def __reduce__(self):
-        return SiteProjection, ()
+        return SiteProjection, (self._convolution,)
 
     def __call__(
         self,
@@ -51,7 +52,7 @@ class SiteProjection:
         biases: Biases = (),
     ) -> torch.Tensor:
         """See `pyramid_projection`."""
-        arguments = (x, u, weights, scales, gate, projections, biases)
+        arguments = (x, u, weights, scales, gate, projections, biases, self._convolution)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or u.device.type not in DEVICES:
             return pyramid_projection(*arguments)
         if backend.forced() == "torch" or not self._knows((*weights, *projections, *biases)):
@@ -97,14 +98,14 @@ class SiteProjection:
 
     def _prepare(self, key: tuple, arguments: tuple) -> None:
         """Note the launches for this shape; None if there are none."""
-        x, u, weights, scales, gate, projections, biases = arguments
+        x, u, weights, scales, gate, projections, biases, chosen = arguments
         prepared = None
         if backend.uses_triton(backend.request_of(u, weights, scales), backend.forced()):
             from .fused.direct import direct_forward
 
             same = all(tensor.dtype == u.dtype for tensor in projections)
             biases = biases if any(bias is not None for bias in biases) else ()
-            rest = (scales, gate, projections, biases)
+            rest = (scales, gate, projections, biases, backend.convolution(chosen))
             prepared = direct_forward(x, u, weights, *rest) if same else None
         if len(self._prepared) >= _SHAPES:
             self._prepared.clear()

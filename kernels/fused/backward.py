@@ -12,8 +12,9 @@ from ..reference import Biases, Projections
 from .forward import aligned, shape_of
 from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
 from .launch import Launch
-from .plan import Shape, convolution_tile, levels_of, plan_forward
+from .plan import convolution_tile, plan_forward
 from .pool import unpool_kernel
+from .shape import Shape, levels_of
 from .upsample import downsample_kernel
 from .workspace import Tensors
 

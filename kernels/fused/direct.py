@@ -67,7 +67,14 @@ class DirectForward:
 
 
 def direct_forward(
-    x: torch.Tensor, u: torch.Tensor, weights, scales, gate: str, projections, biases
+    x: torch.Tensor,
+    u: torch.Tensor,
+    weights,
+    scales,
+    gate: str,
+    projections,
+    biases,
+    convolution: str = "rows",
 ) -> DirectForward | None:
     """A direct form of `forward.pyramid_projection` for these weights and this shape, or None.
 
@@ -77,7 +84,8 @@ def direct_forward(
     library = cuda_library()
     if library is None:
         return None
-    plan = plan_forward(shape_of(u, weights, scales, gate, biases), x.shape[3], x.dtype)
+    shape = shape_of(u, weights, scales, gate, biases, convolution)
+    plan = plan_forward(shape, x.shape[3], x.dtype)
     if plan.project is None or not all(launch.compiled for launch in plan.launches):
         return None
     given = (*three(weights), *three_biases(biases), *projections)

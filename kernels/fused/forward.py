@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from ..reference import Biases, Projections
-from .plan import Shape, plan_forward
+from .plan import plan_forward
+from .shape import Shape
 from .workspace import Tensors
 
 
@@ -36,7 +37,12 @@ def three_biases(
 
 
 def shape_of(
-    u: torch.Tensor, weights: Sequence[torch.Tensor], scales, gate: str, biases: Biases = ()
+    u: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales,
+    gate: str,
+    biases: Biases = (),
+    convolution: str = "rows",
 ) -> Shape:
     """The plan's key for this call."""
     biased = 0
@@ -44,7 +50,7 @@ def shape_of(
         biased |= (bias is not None) << level
     batch, height, width, channels = u.shape
     sizes = (batch, height, width, channels, weights[0].shape[0])
-    return Shape(*sizes, tuple(scales), gate, u.dtype, u.device, biased)
+    return Shape(*sizes, tuple(scales), gate, u.dtype, u.device, biased, convolution)
 
 
 def refuse_gradient(*tensors: torch.Tensor | None) -> None:
@@ -88,6 +94,7 @@ def pyramid_projection(
     gate: str,
     projections: Projections,
     biases: Biases = (),
+    convolution: str = "rows",
 ) -> torch.Tensor:
     """x [B, H, W, C], u [B, H, W, h] → [B, H, W, C] in four launches.
 
@@ -97,7 +104,8 @@ def pyramid_projection(
     x, u, weights = aligned(x), aligned(u), [aligned(weight) for weight in weights]
     projections = Projections._make([aligned(tensor) for tensor in projections])
     batch, height, width, dim = x.shape
-    plan = plan_forward(shape_of(u, weights, scales, gate, biases), dim, x.dtype)
+    shape = shape_of(u, weights, scales, gate, biases, convolution)
+    plan = plan_forward(shape, dim, x.dtype)
     memory, buffers = plan.memory(u.device)
     result = torch.empty(batch, height, width, dim, dtype=u.dtype, device=u.device)
     kernels, added = three(weights), three_biases(biases)

@@ -1,61 +1,34 @@
 """How a shape becomes launches: tiles, grids and the numbers that the kernels take."""
 
-from collections.abc import Mapping
 from functools import cache, lru_cache
-from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
 
 import torch
 
-from ..reference import pooled_size
 from .depthwise import gated_kernel
 from .launch import Launch
+from .plan_bands import plan_bands
 from .pool import pool_kernel
 from .project import project_kernel
+from .shape import (
+    SUMS,
+    Forward,
+    ProjectionTile,
+    Shape,
+    exact_span,
+    levels_of,
+    padded_starts,
+    sums_of,
+)
 from .upsample import upsample_kernel
-from .workspace import Buffer, Tensors, Workspace, arrange
+from .workspace import Tensors, arrange
 
 # About two programs for each of an H100's 132 multiprocessors. With half as many, small tiles that
 # occupy all of them beat large tiles that reuse more.
 FEW_PROGRAMS = 264
-# Programs that sum x: more of them only make more partial sums.
-SUM_PROGRAMS = 1024
-
-
-class Shape(NamedTuple):
-    """What a plan depends on: u [batch, height, width, channels], the pyramid, dtype and device."""
-
-    batch: int
-    height: int
-    width: int
-    channels: int
-    kernel_size: int
-    scales: tuple[float, ...]
-    gate: str
-    dtype: torch.dtype
-    device: torch.device
-    # A bit for every level with a bias.
-    biased: int = 0
-
-    @property
-    def half(self) -> int:
-        return self.channels // 2
-
-    @property
-    def gain(self) -> float:
-        """√(h/2), the factor of the `scaled` gate."""
-        return self.half**0.5
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of every level, the full one first."""
-        return [pooled_size(self.height, self.width, scale) for scale in self.scales]
-
-    @property
-    def low_positions(self) -> int:
-        """Positions of all lower levels together, over the batch."""
-        return self.batch * sum(rows * columns for rows, columns in self.sizes[1:])
+# Dtypes whose products tensor cores take exactly; in fp32 the vendor's library is faster.
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class Tile(NamedTuple):
@@ -86,46 +59,6 @@ def convolution_tile(batch: int, size: tuple[int, int], lanes: int) -> Tile:
     return tile._replace(columns=256 // channels) if few else tile
 
 
-def padded_starts(counts: list[int], slots: int) -> list[int]:
-    """First program of every role, then the end of the last: `slots` + 1 running totals."""
-    return [0, *accumulate(counts + [0] * (slots - len(counts)))]
-
-
-def levels_of(shape: Shape) -> dict[str, int]:
-    """Batch and the size of every level; missing levels are 1 × 1."""
-    (height, width), (height1, width1), (height2, width2) = [*shape.sizes, (1, 1), (1, 1)][:3]
-    sizes = {"batch": shape.batch, "height": height, "width": width}
-    return sizes | {"height1": height1, "width1": width1, "height2": height2, "width2": width2}
-
-
-class Forward(NamedTuple):
-    """The launches of a forward pass in order; three of them by name, None where not needed.
-
-    `buffers` are those of `Workspace`. Without a projection the pyramid is the result, and its
-    buffer empty.
-    """
-
-    launches: tuple[Launch, ...]
-    pool: Launch | None
-    upsample: Launch | None
-    project: Launch | None
-    buffers: Mapping[str, Buffer]
-    starts: tuple[int, ...]
-    size: int
-
-    def memory(self, device: torch.device) -> tuple[torch.Tensor, Workspace]:
-        """Working memory, to be kept alive until the launches are queued, and the buffers in it.
-
-        Addresses once every launch takes them: making a tensor for each takes the host longer than
-        the launches run.
-        """
-        memory = torch.empty(self.size, dtype=torch.uint8, device=device)
-        if all([launch.ready for launch in self.launches]):
-            start = memory.data_ptr()
-            return memory, Workspace._make([start + offset for offset in self.starts])
-        return memory, Workspace._make([buffer.of(memory) for buffer in self.buffers.values()])
-
-
 @lru_cache(maxsize=256)
 def plan_forward(
     shape: Shape, dim: int | None, x_dtype: torch.dtype | None, shared: int | None = None
@@ -135,17 +68,17 @@ def plan_forward(
     `x_dtype` is part of the key only: a plan holds kernels compiled for its dtypes. `shared`: bytes
     of shared memory per program, for a device that cannot be asked.
     """
+    tokens = shape.height * shape.width
+    product = None
+    if dim and shape.dtype in SIXTEEN_BITS:
+        product = projection_tile(shape.batch, tokens, dim, shared or shared_memory(shape.device))
+    if shape.convolution == "bands" and dim and product is not None:
+        return plan_bands(shape, dim, product)
     batch, channels, half, levels = shape.batch, shape.channels, shape.half, len(shape.scales)
     lengths, lower = levels_of(shape), shape.sizes[1:]
     wide = dim or 1
     widths = {"channels": channels, "dim": wide}
-    tokens = shape.height * shape.width
-
-    # Sums of x: enough chunks to fill the device, none below 64 tokens.
-    sums = 64
-    chunk = 64 * ceil(tokens / 64 / max(1, SUM_PROGRAMS // (batch * ceil(wide / sums))))
-    chunks = ceil(tokens / chunk)
-    context_programs = batch * ceil(wide / sums) if dim else 0
+    chunk, chunks, context_programs = sums_of(shape, dim)
 
     pool = None
     if lower or dim:
@@ -155,7 +88,7 @@ def plan_forward(
         numbers |= {"first2": second, "first_mean": mean}
         spans = [exact_span(shape, size) for size in [*lower, (1, 1), (1, 1)][:2]]
         constants = {"LEVELS": levels, "SPAN1": spans[0], "SPAN2": spans[1], "COLUMNS": 16}
-        constants |= {"CHANNELS": 64, "TOKENS": 64, "SUMS": sums}
+        constants |= {"CHANNELS": 64, "TOKENS": 64, "SUMS": SUMS}
         pool = Launch(pool_kernel, mean + context_programs * chunks, Tensors, numbers, constants)
 
     tile = convolution_tile(batch, shape.sizes[0], half)
@@ -164,7 +97,7 @@ def plan_forward(
     numbers = lengths | widths | {"first1": first1, "first2": first2, "first_mean": mean}
     numbers |= {"half": half, "chunks": chunks, "shifts": shape.kernel_size, "gain": shape.gain}
     constants = {"LEVELS": levels, "SIGMOID": shape.gate == "sigmoid", "BIASED": shape.biased}
-    constants |= {"K": shape.kernel_size} | tile.constants | {"SUMS": sums}
+    constants |= {"K": shape.kernel_size} | tile.constants | {"SUMS": SUMS}
     convolve = Launch(gated_kernel, mean + context_programs, Tensors, numbers, constants)
 
     upsample = None
@@ -172,9 +105,7 @@ def plan_forward(
         upsample = plan_upsampling(shape, dim)
 
     project = None
-    # Triton's product is for tensor cores; in fp32 the vendor's library is faster.
-    if dim and shape.dtype in (torch.float16, torch.bfloat16):
-        product = projection_tile(batch, tokens, dim, shared or shared_memory(shape.device))
+    if dim and product is not None:
         project = plan_projection(batch, tokens, half * levels, dim, product)
     shapes: dict[str, tuple[int, ...]] = {
         "low": (shape.low_positions * channels,),
@@ -182,20 +113,14 @@ def plan_forward(
         "partial": (batch, chunks, wide),
         "mean": (batch, wide),
         "context": (batch, wide),
+        "planes": (0,),
+        "bands": (0,),
         "pyramid": (batch if dim else 0, shape.height, shape.width, levels * half),
     }
     buffers, size = arrange(shapes, shape.dtype)
     starts = tuple(buffer.start for buffer in buffers.values())
     launches = tuple(launch for launch in (pool, convolve, upsample, project) if launch)
     return Forward(launches, pool, upsample, project, buffers, starts, size)
-
-
-def exact_span(shape: Shape, size: tuple[int, int]) -> int:
-    """n if every pooled position is the mean of n × n others, 0 if windows differ in size."""
-    for span in (2, 3, 4):
-        if (shape.height, shape.width) == (span * size[0], span * size[1]):
-            return span
-    return 0
 
 
 def plan_upsampling(shape: Shape, dim: int | None) -> Launch:
@@ -212,21 +137,6 @@ def plan_upsampling(shape: Shape, dim: int | None) -> Launch:
     constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "INPUTS": 256}
     programs = context + (batch * ceil(dim / outputs) if dim else 0)
     return Launch(upsample_kernel, programs, Tensors, numbers, constants)
-
-
-class ProjectionTile(NamedTuple):
-    """Tokens × outputs of one program of the product, inner channels per step, warps, stages."""
-
-    tokens: int
-    outputs: int
-    inner: int
-    warps: int
-    stages: int
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory that the stages take in 16 bits."""
-        return 2 * (self.tokens + self.outputs) * self.inner * self.stages
 
 
 # Tiles with the fewest programs that keep all multiprocessors busy; below that the next smaller

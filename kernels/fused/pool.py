@@ -17,10 +17,12 @@ def span(size, pooled):
 
 
 @triton.jit
-def pool_line(
-    program,
+def pooled(
     u,
-    low,
+    line,
+    column,
+    channel,
+    inside,
     height,
     width,
     rows,
@@ -30,17 +32,10 @@ def pool_line(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """u [B, H, W, h] → COLUMNS pooled positions of one row of low [B, rows, columns, h].
+    """u [B, H, W, h] → means [COLUMNS, CHANNELS] of row `line` of [B, rows, columns, h].
 
     SPAN: every window is SPAN × SPAN; 0 where they differ.
     """
-    blocks = tl.cdiv(channels, CHANNELS)
-    across = tl.cdiv(columns, COLUMNS)
-    channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    program = program // blocks
-    column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
-    line = program // across  # image · rows + row
-    inside = (column < columns)[:, None] & (channel < channels)[None, :]
     row_stride = width.to(tl.int64) * channels
     first = u + (line // rows) * height * row_stride
     total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
@@ -62,6 +57,33 @@ def pool_line(
                 mask = inside & (x < right)[:, None]
                 total += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = total / ((bottom - top) * (right - left)).to(tl.float32)[:, None]
+    return mean
+
+
+@triton.jit
+def pool_line(
+    program,
+    u,
+    low,
+    height,
+    width,
+    rows,
+    columns,
+    channels,
+    SPAN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """u [B, H, W, h] → COLUMNS pooled positions of one row of low [B, rows, columns, h]."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    across = tl.cdiv(columns, COLUMNS)
+    channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    program = program // blocks
+    column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
+    line = program // across  # image · rows + row
+    inside = (column < columns)[:, None] & (channel < channels)[None, :]
+    size = (height, width, rows, columns, channels)
+    mean = pooled(u, line, column, channel, inside, *size, SPAN, COLUMNS, CHANNELS)
     offsets = column[:, None] * channels + channel[None, :]
     target = low + line.to(tl.int64) * columns * channels + offsets
     tl.store(target, mean.to(low.dtype.element_ty), mask=inside)

@@ -42,13 +42,15 @@ class Workspace(NamedTuple):
     partial: torch.Tensor | int
     mean: torch.Tensor | int
     context: torch.Tensor | int
+    planes: torch.Tensor | int
+    bands: torch.Tensor | int
     pyramid: torch.Tensor | int
 
 
 class Tensors(NamedTuple):
     """Everything that a forward pass reads and writes, as its kernels name it.
 
-    The last six are those of `Workspace`. Kernels take every pointer and never read the stand-in
+    The last eight are those of `Workspace`. Kernels take every pointer and never read the stand-in
     of a missing tensor.
     """
 
@@ -70,4 +72,6 @@ class Tensors(NamedTuple):
     partial: torch.Tensor | int
     mean: torch.Tensor | int
     context: torch.Tensor | int
+    planes: torch.Tensor | int
+    bands: torch.Tensor | int
     pyramid: torch.Tensor | int
