@@ -1,7 +1,7 @@
 """`python -m comfyui_deltaconv.kernels.compile_ahead`: compile kernels for GPUs that are not here.
 
 Per kernel of every launch of the published shapes: seconds it took, registers, bytes spilled per
-thread, shared memory. Speed needs the GPU.
+thread, shared memory, and the instructions that NVIDIA's GPUs would run. Speed needs the GPU.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,8 @@ class Report(NamedTuple):
     spilled: int | None
     shared: int
     conversions: int
+    # How often each instruction stands in the code, the most frequent ones; not how often it runs.
+    instructions: dict[str, int]
 
 
 def compiled_for(launch, dtype: torch.dtype, target: str):
@@ -89,7 +92,8 @@ def compile_launch(launch, dtype: torch.dtype, target: str) -> Report:
     conversions = compiled.asm["ttgir"].count("ttg.convert_layout")
     resources = _resources(compiled.asm)
     name = compiled.metadata.name
-    return Report(name, seconds, *resources, compiled.metadata.shared, conversions)
+    mix = dict(_instructions(compiled.asm).most_common(12))
+    return Report(name, seconds, *resources, compiled.metadata.shared, conversions, mix)
 
 
 def _resources(asm) -> tuple[int | None, int | None]:
@@ -99,30 +103,51 @@ def _resources(asm) -> tuple[int | None, int | None]:
         pattern = r"\.vgpr_count:\s*(\d+)\s*\.vgpr_spill_count:\s*(\d+)"
         found = re.search(pattern, asm["amdgcn"])
         return (int(found[1]), 4 * int(found[2])) if found else (None, None)
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.is_file():
-        return None, None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(asm["cubin"])
-        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _of_cubin(asm, "cuobjdump", "-res-usage"))
     return (int(found[1]), int(found[2])) if found else (None, None)
 
 
-def launches(case: Case, dtype: torch.dtype, gradients: bool, shared: int | None = None):
+def _instructions(asm) -> Counter[str]:
+    """Instructions in the code for an NVIDIA GPU, without their modifiers; else nothing."""
+    if "cubin" not in asm:
+        return Counter()
+    pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_]*)"
+    return Counter(re.findall(pattern, _of_cubin(asm, "nvdisasm", "-c"), re.MULTILINE))
+
+
+def _of_cubin(asm, tool: str, option: str) -> str:
+    """What one of the tools that Triton brings says of compiled code; nothing without it."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    if not path.is_file():
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(asm["cubin"])
+        return subprocess.run([path, option, cubin], capture_output=True, text=True).stdout
+
+
+def launches(
+    case: Case,
+    dtype: torch.dtype,
+    gradients: bool,
+    shared: int | None = None,
+    convolution: str = "rows",
+):
     """The launches of `pyramid_projection`, and with `gradients` those of its backward pass.
 
     `shared`: shared memory in bytes of the device they are for; default: what every device has.
+    `convolution`: that of the forward pass.
     """
     from .fused.backward import plan_level, plan_resampling
-    from .fused.plan import Shape, plan_forward
+    from .fused.plan import plan_forward
+    from .fused.shape import Shape
 
     sizes = (case.batch, case.height, case.width, case.dim // 2, case.kernel_size)
     biased = sum(1 << level for level in case.biased)
-    shape = Shape(*sizes, case.scales, case.gate, dtype, torch.device("cpu"), biased)
+    rest = (case.scales, case.gate, dtype, torch.device("cpu"), biased)
+    shape = Shape(*sizes, *rest, convolution)
     yield from plan_forward(shape, case.dim, dtype, shared).launches
     if gradients:
         yield from plan_level(shape, 0, True)[:3]
@@ -141,15 +166,18 @@ def main(
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     if launches_of is None:
         parser.add_argument("--forward-only", action="store_true")
+        parser.add_argument("--convolution", choices=("rows", "bands"), default="rows")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("expected to compile, got TRITON_INTERPRET=1. Unset it.")
     dtype = next(dtype for dtype, name in _NAMES.items() if name == options.dtype)
 
     def of_the_ops(case: Case, dtype: torch.dtype, target: str) -> Iterable:
-        return launches(case, dtype, not options.forward_only, SHARED[target])
+        gradients = not options.forward_only
+        return launches(case, dtype, gradients, SHARED[target], options.convolution)
 
-    print("target\tcase\tkernel\tseconds\tregisters\tspilled B\tshared B\tlayout conversions")
+    columns = ("target", "case", "kernel", "seconds", "registers", "spilled B", "shared B")
+    print(*columns, "layout conversions", "instructions", sep="\t")
     with tempfile.TemporaryDirectory() as cache:
         # An empty cache, so that cold compilation is measured.
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -157,8 +185,9 @@ def main(
             for name in options.case or CASES:
                 for launch in (launches_of or of_the_ops)(CASES[name], dtype, target):
                     report = compile_launch(launch, dtype, target)
-                    kernel, seconds, *rest = report
+                    kernel, seconds, *rest, mix = report
                     row = [target, name, kernel, f"{seconds:.1f}", *map(str, rest)]
+                    row.append(", ".join(f"{count} {each}" for each, count in mix.items()))
                     print("\t".join(row), flush=True)
     return 0
 

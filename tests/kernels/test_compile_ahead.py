@@ -14,7 +14,9 @@ from comfyui_deltaconv.kernels.accuracy import Case
 gate, dtype, target = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
 biased = (0, 1) if gate == "sigmoid" else ()
 case = Case(1, 8, 8, 64, 3, gate=gate, biased=biased)
-for launch in compile_ahead.launches(case, dtype, gradients=True):
+launches = [*compile_ahead.launches(case, dtype, gradients=True)]
+launches += compile_ahead.launches(case, dtype, gradients=False, convolution="bands")
+for launch in launches:
     text = compile_ahead.compiled_for(launch, dtype, target).asm["ttir"]
     carried = [line.count("xf32>") for line in text.split("\\n") if "scf.for" in line]
     rows = launch.constants.get("ROWS", 0)
@@ -36,9 +38,11 @@ def test_every_kernel_compiles_for_devices_that_are_not_here(gate, dtype, target
     loops = {
         name: (int(n), int(rows)) for name, n, rows in map(str.split, done.stdout.splitlines())
     }
-    product = set() if dtype == "float32" else {"project"}
-    assert set(loops) == {f"{name}_kernel" for name in KERNELS | product}
-    for name in ("gated_kernel", "gate_gradient_kernel"):
+    # Bands and their product are for 16 bits.
+    wide = dtype == "float32"
+    more = set() if wide else {"project", "turn", "bands", "upsample_planes", "project_planes"}
+    assert set(loops) == {f"{name}_kernel" for name in KERNELS | more}
+    for name in ("gated_kernel", "gate_gradient_kernel", *(["bands_kernel"] * (not wide))):
         # Once a and b were one value to begin with, and a left the loop as zero on every GPU.
         carried, rows = loops[name]
         assert carried >= 2 * rows > 0
