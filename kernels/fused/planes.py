@@ -87,11 +87,11 @@ def turn_pair(
         target = place(channel[None, :], position[:, None], 2 * line + i, channels, height, padded)
         tl.store(planes + target, value, mask=kept)
         total += value.to(tl.float32)
-    mean = tl.sum(tl.reshape(total, (COLUMNS, 2, CHANNELS)), axis=1) / 4
+    mean = tl.sum(tl.reshape(total * 0.25, (COLUMNS, 2, CHANNELS)), axis=1)
     position = first + tl.arange(0, COLUMNS)
     target = low + place(channel[None, :], position[:, None], line, channels, rows, padded1)
     mask = (position < padded1)[:, None] & lane
-    tl.store(target, mean.to(planes.dtype.element_ty), mask=mask)
+    tl.store(target, mean, mask=mask)
 
 
 @triton.jit
