@@ -17,10 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..deltaconv import DeltaConvBlock
-from ..kernels import Projections, pyramid_projection, site
+from ..kernels import Projections, pyramid_projection, site, trained
 from ..kernels.device import environment
 from ..kernels.timing import synchronize
 from . import published_style
+from .check import random_input
 from .contenders import CONTENDERS
 from .report_file import ReportFile
 from .shapes import Row
@@ -38,9 +39,11 @@ def run(device: torch.device, dtype: torch.dtype, batch: int, file: ReportFile) 
     with nullcontext() if on_gpu else _no_launches():
         # A CPU would compute the first products of the large one.
         for row in ROWS if on_gpu else ROWS[1:]:
-            if file.wants(**row._asdict()):
-                file.add(row._asdict() | _measure(row, device, dtype, batch))
-                _print(report["results"][-1])
+            for kind, measure in (("drawing", _measure), ("training", _measure_training)):
+                if file.wants(kind=kind, **row._asdict()):
+                    about = {"kind": kind} | row._asdict()
+                    file.add(about | measure(row, device, dtype, batch))
+                    _print(report["results"][-1])
     return report
 
 
@@ -73,7 +76,7 @@ def _measure(row: Row, device: torch.device, dtype: torch.dtype, batch: int) -> 
             call()
     (prepared,) = block._project._prepared.values()
     if prepared is not None:
-        launch, arguments = prepared._launch, prepared._arguments
+        launch, arguments = prepared[0]._launch, prepared[0]._arguments
         calls["one launch by the driver"] = lambda: launch(*arguments[0])
         calls["four launches by the driver"] = lambda: [launch(*each) for each in arguments]
     return {
@@ -81,6 +84,30 @@ def _measure(row: Row, device: torch.device, dtype: torch.dtype, batch: int) -> 
         "microseconds": _interleaved(calls, device),
         "tensors": {name: _tensors(call) for name, call in calls.items()},
     }
+
+
+def _measure_training(row: Row, device: torch.device, dtype: torch.dtype, batch: int) -> dict:
+    """Forward and backward pass, with the gradients of x and of every weight."""
+    # The definition's convolutions have no quick form on a CPU in 16 bits.
+    wide = dtype if device.type == "cuda" else torch.float32
+    calls = {}
+    for title, name, kind in (("block", "ours", dtype), ("torch's operators", "nchw", wide)):
+        contender = CONTENDERS[name](row, kind, device)
+        x, upstream = (random_input(row, batch, kind, device, seed) for seed in (0, 1))
+        inputs = [x.requires_grad_(), *(each.requires_grad_() for each in contender.tensors)]
+
+        def step(run=contender.run, inputs=inputs, upstream=upstream):
+            return torch.autograd.grad(run(inputs[0]), inputs, upstream)
+
+        def forward(run=contender.run, x=x):
+            return run(x)
+
+        calls |= {title: step, f"{title}, forward": forward}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    about = {"microseconds": _interleaved(calls, device)}
+    return about | {"tensors": {name: _tensors(call) for name, call in calls.items()}}
 
 
 def _interleaved(calls: dict[str, Callable], device: torch.device) -> dict[str, dict]:
@@ -137,7 +164,7 @@ class _Compiled(NamedTuple):
 def _no_launches() -> Iterator[None]:
     """Within, the Triton path runs on the CPU and every launch does nothing."""
     from ..kernels import backend
-    from ..kernels.fused import direct, driver, forward
+    from ..kernels.fused import direct, driver, forward, plan_gradients
     from ..kernels.fused.launch import Launch
 
     # A function of the C library that takes pointers and returns 0, without doing anything.
@@ -190,6 +217,7 @@ def _no_launches() -> Iterator[None]:
             (direct, "cuda_library", lambda: driver.Library(nothing, nothing)),
             (site, "DEVICES", frozenset({"cpu"})),
             (site, "current_device", lambda: None),
+            (trained, "current_device", lambda: None),
             (backend, "triton_problem", lambda device_type: None),
             (type(triton_driver), "active", property(lambda self: Active())),
             # In its favor: Triton's lookup of the kernel is left out, too.
@@ -197,14 +225,16 @@ def _no_launches() -> Iterator[None]:
         ):
             stack.enter_context(patch.object(target, name, value))
         stack.enter_context(patch.dict("os.environ", {"DELTACONV_KERNELS": "triton"}))
-        for cached in (forward.plan_forward, backend.uses_triton):
+        plans = (forward.plan_forward, plan_gradients.plan_gradients, plan_gradients.plan_level)
+        for cached in (*plans, backend.uses_triton):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         yield
 
 
 def _print(entry: dict) -> None:
-    print(f"{entry['name']}, C={entry['dim']}, µs of the host until a call returns:")
+    about = f"{entry['name']}, C={entry['dim']}, {entry['kind']}"
+    print(f"{about}, µs of the host until a call returns:")
     for name, timing in entry["microseconds"].items():
         operators = entry["tensors"][name]
         print(f"    {name}: {timing['median']:.1f} ({operators} operators of torch)", flush=True)

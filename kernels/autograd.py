@@ -38,7 +38,7 @@ def run(
     """The op on flat tensors; with the gradient of its result, the gradients of all of them.
 
     `options`: those of the forward pass in Triton.
-    In place of x's gradient stands that of its mean, as the backward passes give it.
+    x's gradient is [B, 1, 1, C], the same at every position.
     """
     if op == "gated_pyramid":
         maps, rest, linear = tensors[:1], tensors[1:], ()
@@ -54,13 +54,12 @@ def run(
     return backend.run(f"{op}_backward", request, gradient, *arguments)
 
 
-def through_mean(op: str, gradients: list[torch.Tensor], tensors: Sequence[torch.Tensor]):
-    """What a backward pass gives → gradients of the flat tensors: x's out of its mean's."""
+def expanded(op: str, gradients: list[torch.Tensor], tensors: Sequence[torch.Tensor]):
+    """What a backward pass gives → gradients of the flat tensors: x's at every position."""
     if op == "gated_pyramid":
         return gradients
-    to_mean, *rest = gradients
-    x = tensors[0]
-    return [(to_mean / (x.shape[1] * x.shape[2])).expand_as(x), *rest]
+    to_x, *rest = gradients
+    return [to_x.expand_as(tensors[0]), *rest]
 
 
 class _Recorded(torch.autograd.Function):
@@ -76,7 +75,7 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx, gradient):  # pyrefly: ignore[bad-override]
         tensors = ctx.saved_tensors
         gradients = run(ctx.op, tensors, *ctx.call, gradient=gradient)
-        return None, None, None, None, None, *through_mean(ctx.op, gradients, tensors)
+        return None, None, None, None, None, *expanded(ctx.op, gradients, tensors)
 
 
 def record(

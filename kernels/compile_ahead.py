@@ -135,13 +135,13 @@ def launches(
     shared: int | None = None,
     convolution: str = "rows",
 ):
-    """The launches of `pyramid_projection`, and with `gradients` those of its backward pass.
+    """The launches of `pyramid_projection`, and with `gradients` those of both backward passes.
 
     `shared`: shared memory in bytes of the device they are for; default: what every device has.
     `convolution`: that of the forward pass.
     """
-    from .fused.backward import plan_level, plan_resampling
     from .fused.plan import plan_forward
+    from .fused.plan_gradients import plan_gradients, plan_resampling
     from .fused.shape import Shape
 
     sizes = (case.batch, case.height, case.width, case.dim // 2, case.kernel_size)
@@ -150,9 +150,12 @@ def launches(
     shape = Shape(*sizes, *rest, convolution)
     yield from plan_forward(shape, case.dim, dtype, shared).launches
     if gradients:
-        yield from plan_level(shape, 0, True)[:3]
+        steps = plan_gradients(shape, case.dim, dtype).steps
+        # One of each kernel: levels differ in their tiles alone.
+        yield from {step.launch.kernel.__name__: step.launch for step in reversed(steps)}.values()
+        # Of the pyramid without its projection.
         down, unpool = plan_resampling(shape)
-        yield from (*down, unpool)
+        yield from (*down, *([unpool] if unpool else []))
 
 
 def main(

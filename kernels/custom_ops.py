@@ -47,7 +47,7 @@ def _defined(op: str, empty_result):
     def gradients(ctx, gradient):
         tensors = list(ctx.saved_tensors)
         found = backward(gradient, tensors, *ctx.call)
-        return autograd.through_mean(op, found, tensors), None, None, None
+        return autograd.expanded(op, found, tensors), None, None, None
 
     forward.register_autograd(gradients, setup_context=keep)
     return forward

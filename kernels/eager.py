@@ -1,6 +1,6 @@
 """The ops in torch's own operators, in the fastest formulation per device and kernel size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -143,24 +143,25 @@ def pyramid_projection_backward(
     gate: str,
     projections: Projections,
     biases: Biases = (),
-    pyramid_backward: Callable[..., list[torch.Tensor]] = gated_pyramid_backward,
 ) -> list[torch.Tensor]:
-    """gradient [B, H, W, C] → gradients of x's mean [B, 1, 1, C], u, projections, kernels, biases.
+    """gradient [B, H, W, C] → gradients of x, u, projections, kernels and biases.
 
-    Biases [h] are those that are there. The products around `pyramid_backward` are torch's in any
-    case.
+    x's is [B, 1, 1, C], the same at every position. Biases [h] are those that are there.
     """
     batch, _, _, dim = x.shape
     out_weight, pool_weight = projections.out_weight, projections.pool_weight
     rows = gradient.reshape(-1, dim)
     pyramid = torch.empty(*u.shape[:3], out_weight.shape[1], dtype=u.dtype, device=u.device)
     to_pyramid = (rows @ out_weight).view_as(pyramid)
-    to_u, *to_weights = pyramid_backward(to_pyramid, u, weights, scales, gate, biases, pyramid)
+    to_u, *to_weights = gated_pyramid_backward(
+        to_pyramid, u, weights, scales, gate, biases, pyramid
+    )
     to_out = rows.t() @ pyramid.view(len(rows), -1)
     # Sums over all positions, and the two small products of them, stay in fp32 at least.
     wide = torch.promote_types(u.dtype, torch.float32)
     to_context = gradient.sum(dim=(1, 2), dtype=wide)
     to_bias = to_context.sum(0).to(u.dtype)
     to_pool = (to_context.t() @ x.mean(dim=(1, 2), dtype=wide)).to(u.dtype)
-    to_mean = (to_context @ pool_weight.to(wide)).view(batch, 1, 1, dim).to(x.dtype)
+    to_mean = to_context @ pool_weight.to(wide) / (x.shape[1] * x.shape[2])
+    to_mean = to_mean.view(batch, 1, 1, dim).to(x.dtype)
     return [to_mean, to_u, to_out, to_bias, to_pool, to_bias.clone(), *to_weights]

@@ -15,6 +15,7 @@ from torch.cuda import current_device
 from . import backend
 from .ops import pyramid_projection
 from .reference import Biases, Projections
+from .trained import SiteGradients, Trained
 
 # Where launches can be prepared.
 DEVICES = frozenset({"cuda"})
@@ -53,7 +54,7 @@ class SiteProjection:
     ) -> torch.Tensor:
         """See `pyramid_projection`."""
         arguments = (x, u, weights, scales, gate, projections, biases, self._convolution)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or u.device.type not in DEVICES:
+        if torch.compiler.is_compiling() or u.device.type not in DEVICES:
             return pyramid_projection(*arguments)
         if backend.forced() == "torch" or not self._knows((*weights, *projections, *biases)):
             return pyramid_projection(*arguments)
@@ -71,7 +72,13 @@ class SiteProjection:
             return pyramid_projection(*arguments)
         if (x.data_ptr() | u.data_ptr()) % 16:
             return pyramid_projection(*arguments)
-        return prepared(x, u)
+        forward, gradients = prepared
+        if torch.is_grad_enabled():
+            present = [bias for bias in biases if bias is not None]
+            tensors = [x, u, *projections, *weights, *present]
+            if any([tensor.requires_grad for tensor in tensors]):
+                return Trained.apply(forward, gradients, *tensors)
+        return forward(x, u)
 
     def _knows(self, tensors: tuple) -> bool:
         """Whether these are the tensors of the call before; else they are noted."""
@@ -106,7 +113,10 @@ class SiteProjection:
             same = all(tensor.dtype == u.dtype for tensor in projections)
             biases = biases if any(bias is not None for bias in biases) else ()
             rest = (scales, gate, projections, biases, backend.convolution(chosen))
-            prepared = direct_forward(x, u, weights, *rest) if same else None
+            forward = direct_forward(x, u, weights, *rest) if same else None
+            if forward is not None:
+                biased = sum(1 << level for level, bias in enumerate(biases) if bias is not None)
+                prepared = forward, SiteGradients(tuple(scales), gate, biased)
         if len(self._prepared) >= _SHAPES:
             self._prepared.clear()
         self._prepared[key] = prepared

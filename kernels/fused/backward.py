@@ -1,112 +1,24 @@
 """The backward pass in Triton: only u and x were saved, everything else is recomputed."""
 
-from collections.abc import Sequence
-from functools import lru_cache
-from math import ceil
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from .. import eager
 from ..reference import Biases, Projections
-from .forward import aligned, shape_of
-from .gradients import gate_gradient_kernel, input_gradient_kernel, weight_gradient_kernel
-from .launch import Launch
-from .plan import convolution_tile, plan_forward
-from .pool import unpool_kernel
-from .shape import Shape, levels_of
-from .upsample import downsample_kernel
+from .forward import aligned, shape_of, three
+from .plan import plan_forward
+from .plan_gradients import (
+    Backward,
+    Given,
+    Level,
+    Pooled,
+    Upsampled,
+    plan_gradients,
+    plan_level,
+    plan_resampling,
+)
 from .workspace import Tensors
-
-
-class Level(NamedTuple):
-    """One level's tensors, as the kernels of its gradients name them; `bias` None without one.
-
-    Gradients: `upstream` of its gated map, `convolved` of its convolution, `to_source` of its
-    input, `partial` of its kernel and bias, in strips. `pyramid` receives the gated map on demand.
-    """
-
-    source: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    upstream: torch.Tensor
-    pyramid: torch.Tensor
-    convolved: torch.Tensor
-    to_source: torch.Tensor
-    partial: torch.Tensor
-
-
-class Upsampled(NamedTuple):
-    """Gradient of a level's channels in the pyramid → of its own small gated map."""
-
-    to_pyramid: torch.Tensor
-    upstream: torch.Tensor
-
-
-class Pooled(NamedTuple):
-    """Gradient of the lower levels' inputs → added to that of u."""
-
-    to_low: torch.Tensor
-    to_u: torch.Tensor
-
-
-@lru_cache(maxsize=256)
-def plan_level(shape: Shape, level: int, keep: bool) -> tuple[Launch, Launch, Launch, int]:
-    """Launches of one level: through the gate, to its input, to its kernel; strips per image."""
-    batch, channels, half, k = shape.batch, shape.channels, shape.half, shape.kernel_size
-    rows, columns = size = shape.sizes[level]
-    stride = half * len(shape.scales)
-    # The full level is a slice of the concatenated buffers, every lower one a separate map.
-    strides = stride if level == 0 else half
-    numbers = {"rows": rows, "columns": columns, "channels": channels, "shifts": k}
-
-    tile = convolution_tile(batch, size, half)
-    biased = shape.biased >> level & 1
-    constants = {"KEEP": keep, "SIGMOID": shape.gate == "sigmoid", "BIASED": biased, "K": k}
-    constants |= tile.constants
-    more = {"half": half, "stride": strides, "out_stride": strides, "gain": shape.gain}
-    programs = tile.programs(batch, size, half)
-    through = Launch(gate_gradient_kernel, programs, Level, numbers | more, constants)
-
-    tile = convolution_tile(batch, size, channels)
-    programs, constants = tile.programs(batch, size, channels), {"K": k} | tile.constants
-    to_input = Launch(input_gradient_kernel, programs, Level, numbers, constants)
-
-    tile = tile._replace(rows=8)
-    blocks = ceil(channels / tile.channels)
-    # Enough strips to fill the device, none shorter than one tile of rows.
-    strips = max(1, min(ceil(rows / tile.rows), ceil(1024 / (k * blocks * batch))))
-    strip = tile.rows * ceil(rows / (tile.rows * strips))
-    strips = ceil(rows / strip)
-    numbers |= {"batch": batch, "strips": strips, "strip": strip}
-    constants = {"BIASED": biased, "K": k} | tile.constants
-    to_kernel = Launch(
-        weight_gradient_kernel, k * blocks * batch * strips, Level, numbers, constants
-    )
-    return through, to_input, to_kernel, strips
-
-
-@lru_cache(maxsize=256)
-def plan_resampling(shape: Shape) -> tuple[list[Launch], Launch | None]:
-    """Adjoints of the upsampling, one per lower level, and of all pooling."""
-    batch, half, channels = shape.batch, shape.half, shape.channels
-    block = 32 if half % 32 == 0 else 16
-    down = []
-    for rows, columns in shape.sizes[1:]:
-        # A coarse position contributes to positions less than one coarse step away.
-        reach_y, reach_x = ceil(2 * shape.height / rows), ceil(2 * shape.width / columns)
-        numbers = {"batch": batch, "height": shape.height, "width": shape.width, "rows": rows}
-        numbers |= {"columns": columns, "reach_y": reach_y, "reach_x": reach_x, "half": half}
-        numbers["stride"] = half * len(shape.scales)
-        programs = batch * rows * ceil(columns / 32) * ceil(half / block)
-        constants = {"COLUMNS": 32, "CHANNELS": block}
-        down.append(Launch(downsample_kernel, programs, Upsampled, numbers, constants))
-    if not down:
-        return down, None
-    programs = batch * shape.height * ceil(shape.width / 16) * ceil(channels / 64)
-    constants = {"LEVELS": len(shape.scales), "COLUMNS": 16, "CHANNELS": 64}
-    numbers = levels_of(shape) | {"channels": channels}
-    return down, Launch(unpool_kernel, programs, Pooled, numbers, constants)
 
 
 def gated_pyramid_backward(
@@ -186,6 +98,70 @@ def pyramid_projection_backward(
     projections: Projections,
     biases: Biases = (),
 ) -> list[torch.Tensor]:
-    """As `eager.pyramid_projection_backward`, around the pyramid's gradients in Triton."""
-    arguments = (gradient, x, u, weights, scales, gate, projections, biases)
-    return eager.pyramid_projection_backward(*arguments, pyramid_backward=gated_pyramid_backward)
+    """As `eager.pyramid_projection_backward`, in two products and the launches between them."""
+    gradient, x, u = aligned(gradient), aligned(x), aligned(u)
+    weights = [aligned(weight) for weight in weights]
+    biases = [None if bias is None else aligned(bias) for bias in biases]
+    projections = Projections._make([aligned(tensor) for tensor in projections])
+    planned = plan_gradients(shape_of(u, weights, scales, gate, biases), x.shape[3], x.dtype)
+    tensors = (gradient, x, u, weights, biases, projections)
+    return made_gradients(planned, tensors, partial(launch_all, planned))
+
+
+def made_gradients(planned: Backward, tensors: tuple, launch: Callable) -> list[torch.Tensor]:
+    """Everything of a backward pass but its launches, which `launch(given, memory)` does.
+
+    `tensors`: the gradient, x, u, kernels, biases and projections. `given` has a tensor or None for
+    every name of `Given`.
+    """
+    gradient, x, u, weights, biases, projections = tensors
+    batch, _, _, dim = x.shape
+    rows = gradient.view(-1, dim)
+    to_pyramid = rows @ projections.out_weight
+    pyramid = torch.empty_like(to_pyramid)
+    memory = torch.empty(planned.size, dtype=torch.uint8, device=u.device)
+    to_u, to_mean = torch.empty_like(u), x.new_empty(batch, 1, 1, dim)
+    pool_weight, pool_bias = projections.pool_weight, projections.pool_bias
+    to_pool = torch.empty_like(pool_weight)
+    to_out_bias, to_pool_bias = torch.empty_like(pool_bias), torch.empty_like(pool_bias)
+    to_weights = [torch.empty_like(weight) for weight in weights]
+    to_biases = [None if bias is None else torch.empty_like(bias) for bias in biases]
+    # Missing levels and biases have none; kernels never read the stand-in of a level.
+    kernels, to_kernels = three(weights), three(to_weights)
+    added = [*biases, None, None, None][:3]
+    to_added = three_or_none(to_biases)
+    made = (to_pyramid, pyramid, to_u, to_mean, to_out_bias, to_pool, to_pool_bias)
+    given = (gradient, x, u, *kernels, *added, pool_weight, *made, *to_kernels, *to_added)
+    launch(given, memory)
+    to_out = rows.t() @ pyramid
+    there = [bias for bias in to_biases if bias is not None]
+    return [to_mean, to_u, to_out, to_out_bias, to_pool, to_pool_bias, *to_weights, *there]
+
+
+def three_or_none(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The tensors, any of them in place of a missing one; None without any."""
+    present = next((tensor for tensor in tensors if tensor is not None), None)
+    return [present if tensor is None else tensor for tensor in [*tensors, None, None, None][:3]]
+
+
+def launch_all(planned: Backward, given: tuple, memory: torch.Tensor) -> None:
+    """Launches every step on the tensors of `Given`; addresses once every launch takes them."""
+    tensors = dict(zip(Given._fields, given, strict=True))
+    ready = all([step.launch.ready for step in planned.steps])
+    if ready:
+        start = memory.data_ptr()
+        places = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+        places |= {name: start + buffer.start for name, buffer in planned.buffers.items()}
+        for launch, slots in planned.steps:
+            launch(tuple([places[name] + at if name in places else None for name, at in slots]))
+        return
+    tensors |= {name: buffer.of(memory) for name, buffer in planned.buffers.items()}
+    for launch, slots in planned.steps:
+        launch(tuple([_behind(tensors[name], at) for name, at in slots]))
+
+
+def _behind(tensor: torch.Tensor | None, offset: int) -> torch.Tensor | None:
+    """The tensor from a byte on."""
+    if tensor is None or not offset:
+        return tensor
+    return tensor.view(-1)[offset // tensor.itemsize :]

@@ -1,4 +1,4 @@
-"""A forward pass whose launches are written once: a call fills in addresses and launches them."""
+"""Passes whose launches are written once: a call fills in addresses and launches them."""
 
 import ctypes
 from collections.abc import Callable
@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from .backward import made_gradients
 from .driver import DirectLaunch, Library, cuda_library, direct_launch
 from .forward import shape_of, three, three_biases
-from .plan import Forward, plan_forward
+from .plan import plan_forward
+from .plan_gradients import All, Backward
+from .shape import Forward
 from .workspace import Tensors, Workspace
 
 # Kernels are compiled for addresses that are multiples of it.
@@ -106,6 +109,77 @@ def direct_forward(
     active: Any = driver.active
     stream_of = active.get_current_stream
     return DirectForward(library, plan, cells, launches, u.device, u.dtype, stream_of)
+
+
+class DirectBackward:
+    """The launches of a backward pass of one shape, for one thread.
+
+    A call takes what `backward.made_gradients` does, contiguous and aligned, of the shape and
+    dtypes that it was made for.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        planned: Backward,
+        cells: ctypes.Array,
+        slots: list[tuple[int, int]],
+        launches: list[DirectLaunch],
+        stream_of: Callable[[int], int],
+        index: int,
+    ):
+        self._launch, self._planned, self._cells = library.launch, planned, cells
+        self._slots, self._launches = slots, launches
+        self._arguments = [launch.arguments for launch in launches]
+        self._starts = [buffer.start for buffer in planned.buffers.values()]
+        self._fill = Struct(f"{len(slots)}Q").pack_into
+        self._stream_of, self._index = stream_of, index
+        self._stream: int | None = None
+
+    def __call__(self, *tensors) -> list[torch.Tensor]:
+        return made_gradients(self._planned, tensors, self._run)
+
+    def _run(self, given: tuple, memory: torch.Tensor) -> None:
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        start = memory.data_ptr()
+        places += [start + offset for offset in self._starts]
+        self._fill(self._cells, 0, *[places[place] + offset for place, offset in self._slots])
+        stream, launch = self._stream_of(self._index), self._launch
+        if stream != self._stream:
+            self._stream = stream
+            for each in self._launches:
+                each.config.stream = stream
+        for arguments in self._arguments:
+            if error := launch(*arguments):
+                raise RuntimeError(f"Expected a launch to be accepted, got the error {error}.")
+
+
+def direct_backward(planned: Backward, device: torch.device) -> DirectBackward | None:
+    """A direct form of the plan's launches; None where `direct_forward` is."""
+    library = cuda_library()
+    if library is None or not all(step.launch.compiled for step in planned.steps):
+        return None
+    # A cell for every tensor, and every part of one, that any launch takes.
+    numbers: dict[tuple[str, int], int] = {}
+    for step in planned.steps:
+        for slot in step.slots:
+            numbers.setdefault(slot, len(numbers))
+    cells = (ctypes.c_uint64 * len(numbers))()
+    launches = []
+    for launch, slots in planned.steps:
+        taken = dict(zip(launch.fields, slots, strict=True))
+        places = {name: numbers[slot] for name, slot in taken.items()}
+        direct = direct_launch(library, launch.compiled, launch, cells, places)
+        if direct is None:
+            return None
+        launches.append(direct)
+    from triton.runtime import driver
+
+    # Any: Triton's base class of drivers has no streams.
+    active: Any = driver.active
+    places = [(All._fields.index(name), offset) for name, offset in numbers]
+    stream_of, index = active.get_current_stream, device.index or 0
+    return DirectBackward(library, planned, cells, places, launches, stream_of, index)
 
 
 def usable(tensor: torch.Tensor) -> bool:

@@ -28,14 +28,14 @@ class Launch:
         self,
         kernel,
         programs: int,
-        fields: type[tuple],
+        fields: Any,
         numbers: Mapping[str, int | float],
         constants: Mapping[str, int | bool],
         *,
         warps: int = 4,
         stages: int = 1,
     ):
-        self.kernel, self.programs = kernel, programs
+        self.kernel, self.programs, self.fields = kernel, programs, fields._fields
         names = list(kernel.arg_names)
         self.tensors = tuple(n for n in names if n not in numbers and n not in constants)
         # In the kernel's order: tensors, numbers, constants.

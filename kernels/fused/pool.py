@@ -90,13 +90,10 @@ def pool_line(
 
 
 @triton.jit
-def sum_chunk(
-    program, x, partial, tokens, chunk, chunks, dim, TOKENS: tl.constexpr, SUMS: tl.constexpr
+def chunk_total(
+    program, x, tokens, chunk, chunks, dim, channel, TOKENS: tl.constexpr, SUMS: tl.constexpr
 ):
-    """x [B, tokens, C] → partial [B, chunks, C]: one chunk's sum over tokens, in fp32."""
-    blocks = tl.cdiv(dim, SUMS)
-    channel = (program % blocks) * SUMS + tl.arange(0, SUMS)
-    program = program // blocks
+    """x [B, tokens, C] → [TOKENS, SUMS]: one chunk's sums over every TOKENS-th token, in fp32."""
     image, start = program // chunks, (program % chunks) * chunk
     stop = tl.minimum(start + chunk, tokens)
     line = tl.arange(0, TOKENS)
@@ -107,7 +104,19 @@ def sum_chunk(
         mask = (token + line < stop)[:, None] & (channel < dim)[None, :]
         total += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
         source += TOKENS * dim
-    target = partial + (image * chunks + program % chunks) * dim + channel
+    return total
+
+
+@triton.jit
+def sum_chunk(
+    program, x, partial, tokens, chunk, chunks, dim, TOKENS: tl.constexpr, SUMS: tl.constexpr
+):
+    """x [B, tokens, C] → partial [B, chunks, C]: one chunk's sum over tokens, in fp32."""
+    blocks = tl.cdiv(dim, SUMS)
+    channel = (program % blocks) * SUMS + tl.arange(0, SUMS)
+    program = program // blocks
+    total = chunk_total(program, x, tokens, chunk, chunks, dim, channel, TOKENS, SUMS)
+    target = partial + (program // chunks * chunks + program % chunks) * dim + channel
     tl.store(target, tl.sum(total, axis=0), mask=channel < dim)
 
 
@@ -180,10 +189,9 @@ def spread(total, low, image, y, x, height, width, rows, columns, channel, insid
     return total
 
 
-@triton.jit(
-    do_not_specialize=["batch", "height", "width", "height1", "width1", "height2", "width2"]
-)
-def unpool_kernel(
+@triton.jit
+def unpool_line(
+    program,
     to_low,
     to_u,
     batch,
@@ -198,8 +206,7 @@ def unpool_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The adjoint of `pool_kernel`: to_u [B, H, W, h] += what to_low spreads."""
-    program = tl.program_id(0)
+    """The adjoint of the pooling: to_u [B, H, W, h] += what to_low spreads."""
     blocks = tl.cdiv(channels, CHANNELS)
     across = tl.cdiv(width, COLUMNS)
     channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
@@ -220,3 +227,26 @@ def unpool_kernel(
             total, to_low, image, y, x, height, width, height2, width2, channel, inside, channels
         )
     tl.store(target, total.to(to_u.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "height", "width", "height1", "width1", "height2", "width2"]
+)
+def unpool_kernel(
+    to_low,
+    to_u,
+    batch,
+    height,
+    width,
+    height1,
+    width1,
+    height2,
+    width2,
+    channels,
+    LEVELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """`unpool_line` of all levels."""
+    size = (batch, height, width, height1, width1, height2, width2, channels)
+    unpool_line(tl.program_id(0), to_low, to_u, *size, LEVELS, COLUMNS, CHANNELS)

@@ -155,11 +155,11 @@ def first_holder(index, size, coarse):
     return tl.where(before < 0, 0, before // (2 * coarse) + 1)
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "rows", "columns", "reach_y", "reach_x"])
-def downsample_kernel(
+@triton.jit
+def downsample_line(
+    program,
     to_pyramid,
     upstream,
-    batch,
     height,
     width,
     rows,
@@ -172,7 +172,6 @@ def downsample_kernel(
     CHANNELS: tl.constexpr,
 ):
     """The adjoint of `upsample_lines`: to_pyramid [B, H, W, stride] → upstream [B, ·, ·, h/2]."""
-    program = tl.program_id(0)
     blocks = tl.cdiv(half, CHANNELS)
     across = tl.cdiv(columns, COLUMNS)
     channel = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
@@ -198,3 +197,24 @@ def downsample_kernel(
     offsets = column[:, None] * half + channel[None, :]
     target = upstream + line.to(tl.int64) * columns * half + offsets
     tl.store(target, total.to(upstream.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "rows", "columns", "reach_y", "reach_x"])
+def downsample_kernel(
+    to_pyramid,
+    upstream,
+    batch,
+    height,
+    width,
+    rows,
+    columns,
+    reach_y,
+    reach_x,
+    half,
+    stride,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """`downsample_line` of one level."""
+    size = (height, width, rows, columns, reach_y, reach_x, half, stride)
+    downsample_line(tl.program_id(0), to_pyramid, upstream, *size, COLUMNS, CHANNELS)

@@ -21,7 +21,7 @@ class Buffer(NamedTuple):
 
 
 # Buffers that are fp32 whatever the dtype of u: sums over the whole map.
-WIDE = frozenset({"partial", "mean", "context"})
+WIDE = frozenset({"partial", "mean", "context", "partial_gradient", "strips"})
 
 
 def arrange(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[dict, int]:

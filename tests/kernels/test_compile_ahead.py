@@ -23,7 +23,7 @@ for launch in launches:
     print(launch.kernel.__name__, max(carried, default=0), rows)
 """
 KERNELS = {"pool", "gated", "upsample", "gate_gradient", "input_gradient", "weight_gradient"}
-KERNELS |= {"downsample", "unpool"}
+KERNELS |= {"downsample", "unpool", "collect", "finish"}
 
 
 @pytest.mark.parametrize(

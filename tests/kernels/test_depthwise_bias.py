@@ -96,7 +96,9 @@ def test_gradients_reach_every_bias(gate):
 def test_without_a_bias_nothing_is_carried(monkeypatch):
     """A block of the usual kind must cost what it cost before there were biases."""
     given = []
-    monkeypatch.setattr(backend, "run", lambda op, request, *rest: given.append(rest) or rest[0])
+    monkeypatch.setattr(
+        backend, "run", lambda op, request, *rest, **options: given.append(rest) or rest[0]
+    )
     with torch.no_grad():
         DeltaConvBlock(8, 3)(torch.randn(1, 4, 4, 8))
     assert given[0][-1] == ()

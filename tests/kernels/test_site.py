@@ -9,16 +9,22 @@ from typing import NamedTuple
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import DeltaConvBlock
-from comfyui_deltaconv.kernels import Projections, SiteProjection, pyramid_projection, site
+from comfyui_deltaconv.kernels import (
+    Projections,
+    SiteProjection,
+    pyramid_projection,
+    site,
+    trained,
+)
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # What is decorated while this is set is interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed for this system")
-from comfyui_deltaconv.kernels.fused import direct, driver  # noqa: E402
+from comfyui_deltaconv.kernels.fused import direct, driver, plan_gradients  # noqa: E402
 from comfyui_deltaconv.kernels.fused.plan import plan_forward  # noqa: E402
-from comfyui_deltaconv.kernels.fused.workspace import Tensors  # noqa: E402
+from comfyui_deltaconv.kernels.fused.workspace import WIDE, Tensors  # noqa: E402
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -56,6 +62,8 @@ class Driver:
         self.compiled: dict[int, tuple] = {}
         self.launched = []
         self.error = 0
+        # Whether launches run, in the interpreter, on the addresses that they are given.
+        self.plays = False
 
     def compile(self, launch, **metadata):
         """Gives the launch a compiled kernel with the signature that Triton would make."""
@@ -69,7 +77,8 @@ class Driver:
                 number = launch.numbers[name]
                 signature[name] = "constexpr" if number == 1 else kinds[type(number)]
             else:
-                signature[name] = "constexpr" if name.startswith("bias") else "*fp16"
+                missing = name.startswith(("bias", "to_bias")) and not launch.constants["BIASED"]
+                signature[name] = "constexpr" if missing else "*fp16"
         function = 1000 + len(self.compiled)
         self.compiled[function] = (launch, signature)
         launch.compiled = Compiled(function, Source(signature), Metadata(**metadata))
@@ -97,7 +106,16 @@ class Driver:
             assert ctypes.c_uint64.from_address(place).value == 0
         settings = driver.Config.from_address(config)
         self.launched.append((launch, settings.gridX, settings.blockX, settings.stream, given))
+        if self.plays:
+            tensors = [at(given[name], name) if name in given else None for name in launch.tensors]
+            launch.kernel[(settings.gridX, 1, 1)](*tensors, *launch.tail, **launch.options)
         return self.error
+
+
+def at(address, name):
+    """A tensor that begins there; kernels read as far as they are told."""
+    memory = (ctypes.c_uint8 * 16).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32 if name in WIDE else torch.float16)
 
 
 @pytest.fixture
@@ -131,7 +149,20 @@ def cuda(monkeypatch):
         return plan
 
     monkeypatch.setattr(direct, "plan_forward", compiled_plan)
+    planned = plan_gradients.plan_gradients
+    planned.cache_clear()
+
+    def compiled_gradients(*arguments):
+        plan = planned(*arguments)
+        for step in plan.steps:
+            if step.launch.compiled is None:
+                pretended.compile(step.launch)
+        return plan
+
+    monkeypatch.setattr(plan_gradients, "plan_gradients", compiled_gradients)
+    monkeypatch.setattr(trained, "current_device", lambda: None)
     yield pretended
+    planned.cache_clear()
     plan_forward.cache_clear()
 
 
@@ -277,13 +308,47 @@ def test_torch_by_request_is_obeyed_at_any_time(cuda, monkeypatch):
     assert len(cuda.launched) == 4
 
 
+def with_biases(scales, biased):
+    torch.manual_seed(0)
+    block = DeltaConvBlock(8, 3, scales, biased=biased).half()
+    for each in block.parameters():
+        torch.nn.init.normal_(each, std=0.5)
+    return block
+
+
+@pytest.mark.parametrize(("scales", "biased"), [((1.0, 0.5, 1 / 3), (1,)), ((1.0,), ())], ids=str)
+def test_prepared_passes_have_the_gradients_of_those_before(cuda, scales, biased):
+    block, x = with_biases(scales, biased), map_of(dim=8, height=3).requires_grad_()
+    upstream = map_of(dim=8, height=3, seed=2)
+
+    def step():
+        y = block(x)
+        return (y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], upstream))
+
+    with torch.no_grad():
+        (expected,) = met(block, x)
+    cuda.plays = True
+    # The first backward pass prepares the next.
+    before = step()
+    assert torch.equal(before[0], expected) and len(cuda.launched) == 4
+    cuda.launched.clear()
+    prepared = step()
+    # Three for every level's gradients, and one each before and behind them.
+    assert len(cuda.launched) == 4 + 2 + 3 * len(scales)
+    assert {stream for _, _, _, stream, _ in cuda.launched} == {77}
+    for ours, own in zip(prepared, before, strict=True):
+        assert ours.abs().max() > 0 and torch.equal(ours, own)
+
+
 def test_gradients_are_never_lost(cuda):
     block, x = block_of(), map_of().requires_grad_()
     with torch.no_grad():
         met(block, x)
         block(x)
+    cuda.plays = True
     block(x).sum().backward()
-    assert x.grad is not None and len(cuda.launched) == 4
+    # The backward pass is prepared by its first run.
+    assert x.grad is not None and len(cuda.launched) == 8
 
 
 @torch.inference_mode()
