@@ -212,5 +212,7 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     "nhwc": lambda *a: _block(from_torch(channels_last=True), *a),
     # As a block of a model has it.
     "ours": lambda *a: _block(SiteProjection(), *a),
+    # The same, convolved on tensor cores, where that takes the dtype.
+    "bands": lambda *a: _block(SiteProjection("bands"), *a),
 }
-BLOCKS = ("pub", "nchw", "nhwc", "ours")
+BLOCKS = ("pub", "nchw", "nhwc", "ours", "bands")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import first_call, host, layers, models
+from . import convolutions, first_call, host, layers, models
 from .report_file import ReportFile
 
 # Rounds: a median of so few is told by its quartiles, which are recorded too.
@@ -31,6 +31,8 @@ def run(
         return ReportFile(folder / f"{name}.json", results=results, resume=True, seconds=left)
 
     on_cpu = device.type == "cpu"
+    if not on_cpu:
+        convolutions.run(device, torch.float16, batch, REPEATS, file("convolutions"))
     host.run(device, torch.float16, batch, file("host"))
     if tree is not None:
         models.run(tree, device, batch, REPEATS, file("models", "steps"))

@@ -18,6 +18,7 @@ HEADINGS = {
     "nchw": "torch, NCHW",
     "nhwc": "torch, NHWC",
     "ours": "ours",
+    "bands": "ours, tensor cores",
 }
 STEP_TITLES = {"sd1": "SD1.5", "sdxl": "SDXL", "pixart": "PixArt-Σ", "anima": "Anima"}
 TRAINING = ("training", "training sweep")

@@ -9,13 +9,14 @@ from comfyui_deltaconv.benchmarks import BenchmarkError, layers, trial
 from comfyui_deltaconv.benchmarks.report_file import ReportFile
 from comfyui_deltaconv.benchmarks.shapes import Row
 from comfyui_deltaconv.cli.__main__ import main
+from comfyui_deltaconv.kernels import backend, timing
 
 if not torch.cuda.is_available():
     # What is decorated while this is set is interpreted: other tests of this process run it.
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed for this system")
-from comfyui_deltaconv.benchmarks import host
-from comfyui_deltaconv.kernels.fused import forward  # noqa: F401 (decorated here)
+from comfyui_deltaconv.benchmarks import convolutions, host
+from comfyui_deltaconv.kernels.fused import forward, plan_bands  # noqa: F401 (decorated here)
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -96,6 +97,44 @@ def test_the_host_prepares_its_launches_where_it_can(tiny, capsys):
     # Torch's operators run where launches would, and each takes the host as long as a launch.
     assert training["kind"] == "training"
     assert training["tensors"]["block"] <= 36 < 90 < training["tensors"]["torch's operators"]
-    for timing in (*entry["microseconds"].values(), *training["microseconds"].values()):
-        assert 0 <= timing["low"] <= timing["median"] <= timing["high"]
+    for found in (*entry["microseconds"].values(), *training["microseconds"].values()):
+        assert 0 <= found["low"] <= found["median"] <= found["high"]
     assert "µs of the host" in capsys.readouterr().out
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton or an error, in its interpreter."""
+    monkeypatch.setenv("DELTACONV_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cached = (backend.uses_triton, backend.triton_problem)
+    for each in cached:
+        each.cache_clear()
+    yield
+    for each in cached:
+        each.cache_clear()
+
+
+def test_both_convolutions_are_timed_launch_by_launch_and_checked(
+    tiny, interpreted, monkeypatch, capsys
+):
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
+    row = Row("tiny", 8, 3, 4, 2, 8)
+    monkeypatch.setattr(convolutions, "TUNED", (row,))
+    monkeypatch.setattr(plan_bands, "TRIED", plan_bands.TRIED[2:3])
+    file = ReportFile()
+    report = convolutions.run(CPU, torch.float16, 1, 1, file, (row,))
+    (entry,) = report["results"]
+    assert entry["eager"].keys() == {"nchw", "ours", "bands"} and not entry["left_out"]
+    rows, *bands = entry["launches"].values()
+    assert "gated_kernel" in rows["seconds"] and len(bands) == 2
+    for each in bands:
+        assert each["apart"] < 1e-3 and each["seconds"]["bands_kernel"]["samples"] == 1
+    assert not file.wants(**row._asdict())
+    # A result that is off has no time.
+    monkeypatch.setattr(convolutions, "TUNED", ())
+    monkeypatch.setattr(convolutions, "measure_forward", lambda *a: {"left_out": {}})
+    monkeypatch.setattr(convolutions, "tiles_apart", lambda value, reference: float("nan"))
+    found = convolutions.run(CPU, torch.float16, 1, 1, ReportFile(), (row,))["results"][0]
+    assert {each["failed"] for each in found["launches"].values()} == {"WRONG RESULT, not timed"}
+    assert "WRONG RESULT" in capsys.readouterr().out
