@@ -1,4 +1,4 @@
-"""What is compared: self-attention, LinFusion's attention, and the ΔConvBlock in four forms.
+"""What is compared: self-attention, LinFusion's in two forms, and the ΔConvBlock in six.
 
 A contender is a function x [B, N, C] → [B, N, C] with random weights, and the same function in
 float64 to check it before it is timed.
@@ -114,6 +114,19 @@ class LinFusion(Attention):
         return self.result(self.query(window.of(x).to(self.to_out.weight)), product, mean)
 
 
+class FusedLinFusion(LinFusion):
+    """LinFusion's attention between its projections in two Triton kernels; float64 in torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            return super().forward(x)
+        # Imported here: only what runs it needs Triton.
+        from .linear_attention import attend
+
+        q, k = self.to_q(x + self.add_q(x)), self.to_k(x + self.add_k(x))
+        return self.to_out(attend(q, k, self.to_v(x), self.heads))
+
+
 def _module(make, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
     torch.manual_seed(0)
     module = make(row).to(device, dtype)
@@ -142,6 +155,38 @@ def from_torch(channels_last: bool):
         return torch.cat(pyramid, dim=1).movedim(1, -1)
 
     return _projected(gated_pyramid)
+
+
+def by_fourier(u, weights, scales, gate):
+    """The gated pyramid with its convolutions as products of spectra, by torch.fft in fp32."""
+    size = tuple(u.shape[1:3])
+    x = u.movedim(-1, 1)
+    pyramid = []
+    for weight, scale in zip(weights, scales, strict=True):
+        v = x if scale == 1 else F.adaptive_avg_pool2d(x, pooled_size(*size, scale))
+        k = weight.shape[0]
+        # Beside the map as many zeros as the kernel reaches, to a length of small factors.
+        padded = [_smooth(length + k - 1) for length in v.shape[2:]]
+        kernel = torch.fft.rfft2(weight.float().permute(2, 0, 1), padded)
+        product = torch.fft.rfft2(v.float(), padded) * kernel.conj()
+        turned = torch.fft.irfft2(product, padded).roll((k // 2, k // 2), (2, 3))
+        v = apply_gate(turned[..., : v.shape[2], : v.shape[3]].to(u.dtype), gate)
+        if scale != 1:
+            v = F.interpolate(v, size, mode="bilinear", align_corners=False)
+        pyramid.append(v)
+    return torch.cat(pyramid, dim=1).movedim(1, -1)
+
+
+def _smooth(length: int) -> int:
+    """The next even length without factors above five, on which transforms are fast."""
+    while True:
+        rest = length
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1 and length % 2 == 0:
+            return length
+        length += 1
 
 
 def _published(*arguments) -> Contender:
@@ -207,7 +252,9 @@ def _block(op, row: Row, dtype: torch.dtype, device: torch.device) -> Contender:
 CONTENDERS: dict[str, Callable[..., Contender]] = {
     "attn1": lambda *a: _module(Attention, *a),
     "linfus": lambda *a: _module(LinFusion, *a),
+    "linear": lambda *a: _module(FusedLinFusion, *a),
     "pub": _published,
+    "fft": lambda *a: _block(_projected(by_fourier), *a),
     "nchw": lambda *a: _block(from_torch(channels_last=False), *a),
     "nhwc": lambda *a: _block(from_torch(channels_last=True), *a),
     # As a block of a model has it.
@@ -215,4 +262,4 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     # The same, convolved on tensor cores, where that takes the dtype.
     "bands": lambda *a: _block(SiteProjection("bands"), *a),
 }
-BLOCKS = ("pub", "nchw", "nhwc", "ours", "bands")
+BLOCKS = ("pub", "fft", "nchw", "nhwc", "ours", "bands")

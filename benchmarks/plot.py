@@ -14,7 +14,9 @@ from .contenders import CONTENDERS
 HEADINGS = {
     "attn1": "self-attention",
     "linfus": "LinFusion",
+    "linear": "LinFusion, fused",
     "pub": "published style",
+    "fft": "FFT",
     "nchw": "torch, NCHW",
     "nhwc": "torch, NHWC",
     "ours": "ours",
@@ -192,7 +194,11 @@ def draw(report: dict, path: Path) -> None:
     for name in CONTENDERS:
         points = [(e["side"] ** 2, times(e, way)[name]) for e in entries if name in times(e, way)]
         if points:
-            label = HEADINGS[name] if name in ("attn1", "linfus") else f"ΔConv, {HEADINGS[name]}"
+            label = (
+                HEADINGS[name]
+                if name in ("attn1", "linfus", "linear")
+                else f"ΔConv, {HEADINGS[name]}"
+            )
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
     if kind not in TRAINING:
         floor = [(e["side"] ** 2, max(v for v in e["floors"].values() if v)) for e in entries]
