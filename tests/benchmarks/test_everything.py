@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     # What is decorated while this is set is interpreted: other tests of this process run it.
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed for this system")
-from comfyui_deltaconv.benchmarks import convolutions, host
+from comfyui_deltaconv.benchmarks import convolutions, everything, host, models
 from comfyui_deltaconv.kernels.fused import forward, plan_bands  # noqa: F401 (decorated here)
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -138,3 +138,23 @@ def test_both_convolutions_are_timed_launch_by_launch_and_checked(
     found = convolutions.run(CPU, torch.float16, 1, 1, ReportFile(), (row,))["results"][0]
     assert {each["failed"] for each in found["launches"].values()} == {"WRONG RESULT, not timed"}
     assert "WRONG RESULT" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_parts_come_in_order_of_value(tmp_path, monkeypatch):
+    order = []
+    for part in (convolutions, host, models, layers, everything.first_call):
+        name = part.__name__.split(".")[-1]
+
+        def noted(*arguments, name=name):
+            # Sets of layers are parts of their own; every part gets a file that goes on.
+            chosen = next((each for each in arguments if isinstance(each, tuple)), ())
+            order.append(" ".join((name, *chosen)))
+            assert isinstance(arguments[-1], ReportFile)
+
+        monkeypatch.setattr(part, "run", noted)
+    gpu = torch.device("cuda")
+    everything.run(tmp_path, tmp_path, gpu, torch.float16, 2, 540)
+    assert order == [
+        *("convolutions", "host", "models", "layers rows", "layers models", "layers training"),
+        *("layers sweep", "first_call"),
+    ]
