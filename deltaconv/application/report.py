@@ -232,7 +232,9 @@ def _wide_kernels(facts: ApplicationFacts) -> str:
 def _origin(facts: ApplicationFacts) -> str:
     weights = facts.weights
     base = escaped(weights.base_model) or "a model they do not name"
-    families = " or ".join(map(family_title, weights.families)) or "no known family"
+    families = (
+        " or ".join(escaped(family_title(each)) for each in weights.families) or "no known family"
+    )
     source = f", from {escaped(weights.source)}" if weights.source else ""
     return f"weights made for {base} ({families}){source}"
 

@@ -1,9 +1,10 @@
-"""The locality report as text: heading, verdict, table, legend."""
+"""The locality report in Markdown: heading, verdict, table, legend."""
 
 import math
 import statistics
 
 from ..families import family_title
+from ..markdown import bullets, escaped, table
 from .report import LocalityReport, SiteLocality, site_label
 
 KINDS = {
@@ -41,7 +42,8 @@ _COLUMNS = (
 
 def report_text(report: LocalityReport) -> str:
     """Heading, a table with one line per site in network order, and its legend."""
-    return "\n".join([*_heading(report), "", *_table(report), "", *_explanation(report)])
+    parts = [bullets(_heading(report)), _table(report), bullets(_explanation(report))]
+    return "\n\n".join(parts)
 
 
 def verdict(report: LocalityReport) -> str:
@@ -65,24 +67,21 @@ def _heading(report: LocalityReport) -> list[str]:
     if report.sampled_queries:
         queries = f"{report.sampled_queries} random queries per layer, so figures carry an error"
     lines = [
-        f"Self-attention of {family_title(report.family)}, latent {width} × {height}, at "
+        f"Self-attention of {escaped(family_title(report.family))}, latent {width} × {height}, at "
         f"{percents} of sampling (sigma {sigmas}), {queries}.",
         verdict(report),
     ]
-    lines += [f"Not measured: {site_label(p)}: {why}" for p, why in report.left_out.items()]
+    lines += [
+        f"Not measured: {escaped(site_label(p))}: {escaped(why)}"
+        for p, why in report.left_out.items()
+    ]
     return lines
 
 
-def _table(report: LocalityReport) -> list[str]:
+def _table(report: LocalityReport) -> str:
     rows = [_COLUMNS, *(_row(site, report.share) for site in report.sites.values())]
     keep = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows[1:])]
-    widths = {i: max(len(row[i]) for row in rows) for i in keep}
-    lines = []
-    for row in rows:
-        first, *rest = keep
-        cells = [row[first].ljust(widths[first]), *(row[i].rjust(widths[i]) for i in rest)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    return table([[row[i] for i in keep] for row in rows])
 
 
 def _row(site: SiteLocality, share: float) -> tuple[str, ...]:
@@ -95,7 +94,7 @@ def _row(site: SiteLocality, share: float) -> tuple[str, ...]:
         plus["entropy"] = f" ±{_of_mean([e['entropy'] for e in sampled]):.2f}"
     cut = site.sensitivity
     return (
-        site_label(site.path),
+        escaped(site_label(site.path)),
         f"{site.width}×{site.height}",
         f"{100 * site.mass[index]:.1f}%{plus['mass']}",
         f"{100 * site.uniform_mass[index]:.1f}%",

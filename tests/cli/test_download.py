@@ -47,7 +47,7 @@ def test_two_processes_download_one_file_once(folder, monkeypatch, tmp_path):
         finally:
             said = process.communicate(timeout=60)
     assert process.returncode == 0 and said[0].startswith("downloaded 0.7 MB"), said
-    assert found.note.startswith("found ") and (0, 0) in waited
+    assert found.note().startswith("found ") and (0, 0) in waited
     assert found.path.read_bytes() == DATA
     assert [method for method, _, _ in server.seen] == ["HEAD", "GET"]
     assert all(headers["authorization"] == f"Bearer {token}" for _, _, headers in server.seen)

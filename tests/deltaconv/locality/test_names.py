@@ -3,6 +3,7 @@
 import pytest
 from comfyui_deltaconv.deltaconv.locality.html_page import report_html
 from comfyui_deltaconv.deltaconv.locality.text import report_text
+from comfyui_deltaconv.deltaconv.markdown import escaped
 from locality_reports import small_report
 
 
@@ -11,5 +12,5 @@ from locality_reports import small_report
 )
 def test_a_name_is_no_formula(name):
     report = small_report(path=name, family=name)
-    assert name.partition("\n")[0] in report_text(report)
+    assert f"| {escaped(name)} " in report_text(report)
     assert report_html(report).count("<img") == 3
