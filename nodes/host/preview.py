@@ -20,6 +20,7 @@ _MOST = 2
 _AT = {
     "init": "at initialization",
     "choice": "at choice",
+    "plan": "at initialization",
     "layers": "at layers",
     "joint": "at joint",
 }

@@ -62,7 +62,7 @@ def test_every_node_gives_its_outputs_and_says_what_is_missing(given):
     assert "2 steps" in given["distill"][1] and len(given["distill"][0]["loss"]) == 2
     assert "sigma" in given["evaluate"][0]
     assert "16" in given["benchmark"][0]
-    assert given["choose"][1].startswith("balanced: blocks in ")
+    assert given["choose"][1].startswith("- balanced: blocks in ")
     pictures = [*given["locality"][1:], given["recipe"][2], *given["evaluate"][1:3]]
     pictures.append(given["choose"][0])
     assert set(pictures) == {"Tensor"} and given["previews"] == ["Image"] * 3
