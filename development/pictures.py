@@ -60,8 +60,8 @@ def _drawing(name: str, model: str, steps: int = 12) -> dict:
     }
 
 
-def _text(source: str) -> tuple:
-    return ("PreviewAny", {}, {"source": source})
+def _text(source: str, markdown: bool = False) -> tuple:
+    return ("PreviewAny", {"preview_mode": True} if markdown else {}, {"source": source})
 
 
 def _image(source: str) -> tuple:
@@ -93,7 +93,9 @@ _DISTILL = {
     ),
 }
 EXAMPLES = {
-    "DeltaConvApply": Example(_BASE | _APPLY | {"t": _text("a.1")}, ("a", "t"), height={"t": 230}),
+    "DeltaConvApply": Example(
+        _BASE | _APPLY | {"t": _text("a.1", True)}, ("a", "t"), height={"t": 230}
+    ),
     "DeltaConvBenchmark": Example(
         _MODEL
         | {"b": ("DeltaConvBenchmark", {"sizes": "32, 64", "repeats": 3}, _BOTH)}
@@ -184,7 +186,7 @@ EXAMPLES = {
         height={"t": 120},
     ),
     "DeltaConvSelfTest": Example(
-        {"f": ("DeltaConvSelfTest", {"seconds": 20.0}, {}), "t": _text("f.0")},
+        {"f": ("DeltaConvSelfTest", {"seconds": 20.0}, {}), "t": _text("f.0", True)},
         ("f", "t"),
         height={"t": 300},
     ),
