@@ -3,14 +3,14 @@
 Over thirty students of the demo teacher: initialized, packaged and briefly trained ones, with
 attention kept in layers and steps, mixed, scaled and disturbed. Each is measured by every candidate
 and samples pictures of other prompts from other noise; a rank correlation says which candidate
-agrees with their PSNR. Writes JSON after every student, and goes on with one that was stopped.
+agrees with their PSNR, and which with their SSIM. Writes JSON after every student, and goes on with one that was stopped.
 """
 
 import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from ..cli.host import entered
 from . import ROOT
 from .comfyui.tree import chosen_tree
 from .distill_compare import TWELVE
-from .distill_demo import mean_psnr
 
 MEASURED, PICTURED = 4, 8
 PATH_STEPS, SHORT_STEPS, PICTURE_STEPS = 10, 6, 12
 TRAINED_STEPS = 20
+# An error of the first step against one of the last, at the end of sampling (choice_search).
+GROWTH = 50.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ def study(output: Path) -> dict:
                 )
     found["correlations"] = correlations(students)
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, value in sorted(found["correlations"].items(), key=lambda entry: -entry[1]):
-        print(f"{name:24} Spearman {value:.3f} with PSNR, {len(students)} students")
+    for name, (psnr, ssim) in found["correlations"].items():
+        print(f"{name:36} Spearman {psnr:.3f} with PSNR, {ssim:.3f} with SSIM")
+    print(f"{len(students)} students")
     return found
 
 
@@ -102,6 +104,7 @@ class _Study:
         """Every candidate, and the PSNR of pictures that none of them saw."""
         from ..deltaconv.distillation import in_place_of_attention, sample
         from ..deltaconv.distillation.evaluation import held_out_error
+        from ..deltaconv.pictures.metrics import compare
 
         blocks, start = subject.blocks(), subject.start
         visit = in_place_of_attention(blocks)
@@ -126,8 +129,10 @@ class _Study:
         ).clamp(-1, 1)
         shares = self.path.errors(self.teacher, visit)
         steps = zip(self.path.positions, shares, strict=True)
+        alike = compare(_picture(self.pictures), _picture(pictures))
         return {
-            "psnr": mean_psnr(self.pictures, pictures),
+            "psnr": alike.mean_psnr,
+            "ssim": alike.mean_ssim,
             "mse": held_out_error(self.teacher, blocks, self.data, batches=2),
             "steps": [share if position >= start else 0.0 for position, share in steps],
             "guided": self._guided(shares),
@@ -145,21 +150,36 @@ class _Study:
         ]
 
 
-def correlations(students: Mapping[str, dict]) -> dict[str, float]:
-    """Candidate → rank correlation of its figure with the loss of PSNR."""
+def correlations(students: Mapping[str, dict]) -> dict[str, tuple[float, float]]:
+    """Candidate → rank correlations of its figure with the loss of PSNR and with that of SSIM."""
     from scipy.stats import spearmanr
 
     candidates: dict[str, Callable[[dict], float]] = {
         "mse at uniform steps": lambda f: f["mse"],
         "guided mse, mean": lambda f: sum(f["guided"]),
         "error along sampling": lambda f: sum(f["steps"]),
+        "error along sampling, as it grows": lambda f: _grown(f["steps"]),
         "short sampling": lambda f: f["short"],
     }
-    lost = [-figures["psnr"] for figures in students.values()]
+    psnr, ssim = ([-figures[of] for figures in students.values()] for of in ("psnr", "ssim"))
+
+    def agreement(figure, lost: list[float]) -> float:
+        return float(spearmanr([figure(f) for f in students.values()], lost).statistic)
+
     return {
-        name: float(spearmanr([figure(f) for f in students.values()], lost).statistic)
+        name: (agreement(figure, psnr), agreement(figure, ssim))
         for name, figure in candidates.items()
     }
+
+
+def _grown(steps: Sequence[float]) -> float:
+    """Shares of every step weighted by how much larger those of early steps end up."""
+    return sum(share * GROWTH ** (-at / len(steps)) for at, share in enumerate(steps))
+
+
+def _picture(latents):
+    """Latents of the demo, pictures [B, 3, H, W] in −1…1 → [B, H, W, 3] in 0…1."""
+    return (latents.movedim(1, -1) + 1) / 2
 
 
 def subjects(teacher, data, settings, folder: Path) -> Iterator[Subject]:
