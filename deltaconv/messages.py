@@ -12,6 +12,11 @@ ENGLISH = {
     "applied": "{replaced} of {total} self-attention layers replaced",
     "applied computation": "computation per step {before}FLOP → {after}FLOP for one picture of "
     "{width} × {height} latent cells",
+    "step times": "a step took {before} s with attention, {after} s with blocks",
+    "step times by layer": "a step took {after} s with blocks; with attention it would take about "
+    "{before} s, by the time of its layers",
+    "step time": "a step took {seconds} s",
+    "step times stock": "a step took {seconds} s with self-attention",
     "saved": "saved as {file} in {folder}",
     "prompt known": "All {count} words are known to the demo model.",
     "prompt known word": "The word is known to the demo model.",

@@ -138,6 +138,7 @@ class DeltaConvApply(Node):
             replaced,
             None if always else (start_percent, end_percent),
             where_faster=when == _WHERE_FASTER,
+            tells_times=True,
         )
         blocks = load_blocks(deltaconv, replaced, gate, compute_dtype(model))
         patched = attach(model, blocks, application)

@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 
 from ..deltaconv import demo, read_weights
-from .host.demo_model import load_demo_model
+from .host.demo_model import load_demo_model, tell_times
 from .host.messages import say
-from .host.node_text import show_on_node
+from .host.node_text import running_node, show_on_node
 from .node import Node
 from .sockets import CATEGORY, DeltaConv
 
@@ -30,7 +30,9 @@ class DeltaConvDemoModel(Node):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(load_demo_model(), read_weights(demo.DELTACONV_PATH))
+        model = load_demo_model()
+        tell_times(model, running_node())
+        return io.NodeOutput(model, read_weights(demo.DELTACONV_PATH))
 
 
 class DeltaConvDemoPrompt(Node):

@@ -42,8 +42,10 @@ class Choice:
 
 @dataclass
 class Choices:
-    """Choices made so far, and the seconds spent on them; one instance per process."""
+    """Choices made so far, and the seconds spent on them; one instance per process and use."""
 
+    # Of each short call: medians choose more surely.
+    repeats: int = _REPEATS
     made: dict[tuple[Hashable, Size], Choice] = field(default_factory=dict)
     spent: defaultdict[torch.device, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -66,7 +68,7 @@ class Choices:
                 self.made[key] = self._judged(layer, math.prod(size))
             else:
                 self.made[key], took = measure(
-                    device, block, attention, BUDGET - self.spent[device]
+                    device, block, attention, BUDGET - self.spent[device], self.repeats
                 )
                 self.spent[device] += took
         return self.made[key]
@@ -95,11 +97,13 @@ def measure(
     block: Callable[[], object],
     attention: Callable[[], object],
     budget: float = BUDGET,
+    repeats: int = _REPEATS,
 ) -> tuple[Choice, float]:
     """The choice by interleaved medians, and the seconds spent on it without compilation.
 
     Attention is called only once where that decides, or where a second call would exceed `budget`.
-    What runs out of memory loses; if both do, the error is raised.
+    Short calls are timed `repeats` times. What runs out of memory loses; if both do, the error is
+    raised.
     """
     start = time.perf_counter()
     first = warm = _seconds(device, block)
@@ -119,7 +123,7 @@ def measure(
     # The first call of attention may have loaded its kernels.
     ways, times = (block, attention), ([warm], [_seconds(device, attention)])
     if max(warm, *times[1]) < _SHORT:
-        for _ in range(_REPEATS - 1):
+        for _ in range(repeats - 1):
             for way, series in zip(ways, times, strict=True):
                 series.append(_seconds(device, way))
     blocks, attentions = map(statistics.median, times)

@@ -1,6 +1,7 @@
 """One application of blocks to a model: when they act, which way runs, what was logged."""
 
 import logging
+import math
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -16,14 +17,18 @@ from ...deltaconv import DeltaConvBlock
 from ...deltaconv.application.fastest import BUDGET, Choice, Choices, Size
 from ...deltaconv.application.report import choices_report
 from .inert import inert_parts
+from .messages import say
 from .node_text import show_on_node
 from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
+from .step_clock import Counted, StepClock
 from .two_models import BOTH_PASSES, NO_RANGE, TAKEN, not_these_blocks, runs_in_both_passes
 
 log = logging.getLogger(__name__)
 
-# Times are measured once per process and shared by all applications.
-_CHOICES = Choices()
+# Times are measured once per process and shared by all applications: those that choose, and those
+# that only tell what attention would take.
+_CHOICES, _TOLD = Choices(), Choices(repeats=1)
+_BLOCKS, _ATTENTION = "blocks", "attention"
 
 
 @dataclass
@@ -36,15 +41,20 @@ class Application:
     percent_range: tuple[float, float] | None = None
     # Keep attention where it is the faster of the two on this device.
     where_faster: bool = False
+    # Tell the node what a step takes, and would take with attention.
+    tells_times: bool = False
     # Site path and shape [B, H, W] → what was chosen for it, in the order first met.
     chosen: dict[tuple[str, tuple[int, int, int]], Choice] = field(default_factory=dict)
     # The node's id and what stands on it, where what is said while sampling follows.
     node: str = ""
     summary: str = ""
     _said: set[str] = field(default_factory=set)
-    # Warnings in the order in which they came, and how many of them the node shows.
+    # Warnings in the order in which they came, and what the node shows below its summary.
     _warnings: list[str] = field(default_factory=list)
-    _shown: int = 0
+    _steps: str = ""
+    _shown: list[str] = field(default_factory=list)
+    _counted: Counted = Counted()
+    _ran: bool = False
     _run: threading.local = field(default_factory=threading.local)
 
     @property
@@ -114,19 +124,32 @@ class Application:
         def convolve():
             return block(x.unflatten(1, size)).flatten(1, 2)
 
-        if not self.where_faster:
+        self._ran = True
+        compiling = torch.compiler.is_compiling()
+        if not self.where_faster and (compiling or not self.tells_times):
             return convolve()
         # Make symbolic sizes of a compiler concrete: every size has its own choice.
         batch, *size = map(operator.index, (x.shape[0], *size))
         size = tuple(size)
         numbers = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
         layer = (x.device, x.dtype, batch, numbers, block.scales, block.gate)
-        if torch.compiler.is_compiling():
+        if compiling:
             takes = self.takes_compiled_block(site.path, layer, batch, size)
             return convolve() if takes else attend()
-        choice = _CHOICES.choose(layer, size, x.device, convolve, attend)
-        self.chosen[site.path, (batch, *size)] = choice
-        return convolve() if choice.takes_block else attend()
+        choices = _CHOICES if self.where_faster else _TOLD
+        choice = choices.choose(layer, size, x.device, convolve, attend)
+        if self.where_faster:
+            self.chosen[site.path, (batch, *size)] = choice
+        takes = choice.takes_block or not self.where_faster
+        self._count(choice if takes else None)
+        return convolve() if takes else attend()
+
+    def _count(self, choice: Choice | None) -> None:
+        """Note one call of a layer; `choice` where its block runs. Unknown times are NaN."""
+        saved = 0.0
+        if choice is not None:
+            saved = choice.attention - choice.block if choice.measured else math.nan
+        self._counted = Counted(self._counted.calls + 1, self._counted.saved + saved)
 
     @torch.compiler.assume_constant_result
     def takes_compiled_block(self, path: str, layer: Hashable, batch: int, size: Size) -> bool:
@@ -157,16 +180,25 @@ class Application:
                 log.info("ΔConv: %s", sentence)
         if not_these_blocks(patcher, self.model_sites, self.replaced):
             self.say_once("other model", f"ΔConv: {TAKEN}")
-        if self.node and self._shown < len(self._warnings):
-            self._shown = len(self._warnings)
-            show_on_node("\n".join([self.summary, *self._warnings]), self.node)
+        self._show()
+
+    def _show(self) -> None:
+        """Put what was said and measured since on the node."""
+        said = [*filter(None, [self._steps]), *self._warnings]
+        if self.node and said != self._shown:
+            self._shown = said
+            show_on_node("\n".join([self.summary, *said]), self.node)
 
     def around_model_call(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper, which PixArt calls too: note whether this sigma is in the range."""
-        sampling = executor.class_obj.model_sampling
-        start, end = (sampling.percent_to_sigma(percent) for percent in self.percent_range)
-        with self.acting(end <= float(t.max()) <= start):
+        with self.acting(self._in_range(executor.class_obj.model_sampling, float(t.max()))):
             return executor(x, t, *args, **kwargs)
+
+    def _in_range(self, sampling, sigma: float) -> bool:
+        if self.percent_range is None:
+            return True
+        start, end = (sampling.percent_to_sigma(percent) for percent in self.percent_range)
+        return end <= sigma <= start
 
     def around_sampling(self, executor, *args, **kwargs):
         """OUTER_SAMPLE wrapper: log what has no effect, with the patches that hooks bring."""
@@ -178,7 +210,33 @@ class Application:
         self.say_inert(guider.model_patcher, options)
         if runs_in_both_passes(guider, self.model_sites, self.replaced):
             self.say_once("both passes", f"ΔConv: {BOTH_PASSES}")
-        return executor(*args, **kwargs)
+        if not self.tells_times:
+            return executor(*args, **kwargs)
+        self._counted = Counted()
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        clock = StepClock(
+            lambda sigma: _BLOCKS if self._in_range(sampling, sigma) else _ATTENTION,
+            lambda: self._counted,
+        )
+        result = clock.run(executor, args, kwargs)
+        self._steps = self._seconds_of_steps(clock)
+        self._show()
+        return result
+
+    def _seconds_of_steps(self, clock: StepClock) -> str:
+        """What a step takes with blocks and with attention, as far as it was measured."""
+        blocks, attention = clock.series[_BLOCKS], clock.series[_ATTENTION]
+        if not self._ran or blocks.step is None:
+            return ""
+        after = f"{blocks.step:.3g}"
+        if attention.step is not None:
+            return say("step times", before=f"{attention.step:.3g}", after=after)
+        calls, saved = blocks.counted
+        # A compiled model and a replayed graph run without this code.
+        if calls < blocks.steps * len(self.replaced) or not math.isfinite(saved):
+            return say("step time", seconds=after)
+        before = max(0.0, blocks.step + saved / blocks.steps)
+        return say("step times by layer", before=f"{before:.2g}", after=after)
 
     def before_sampling(self, patcher: ModelPatcher) -> None:
         """ON_PRE_RUN callback: log what has no effect of the nodes after Apply ΔConv."""

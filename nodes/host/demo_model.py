@@ -7,10 +7,16 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
 import comfy.utils
+from comfy.patcher_extension import WrappersMP
 
 from ...deltaconv import demo
+from .messages import say
+from .node_text import show_on_node
+from .patch import is_patched
+from .step_clock import StepClock
 
 _PREFIX = "model.diffusion_model."
+_KEY = "deltaconv_demo"
 
 
 class EmojiDemo(comfy.supported_models_base.BASE):
@@ -48,3 +54,21 @@ def load_demo_model(disable_dynamic: bool = False) -> comfy.model_patcher.ModelP
     model.load_model_weights(state, _PREFIX, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_demo_model, ())
     return patcher
+
+
+def tell_times(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
+    """Show on `node` what a step of the stock model takes, after each sampling.
+
+    Of a model that carries ΔConvBlocks Apply ΔConv tells it.
+    """
+
+    def around_sampling(executor, *args, **kwargs):
+        if is_patched(executor.class_obj.model_patcher):
+            return executor(*args, **kwargs)
+        clock = StepClock(lambda sigma: "stock")
+        result = clock.run(executor, args, kwargs)
+        if (seconds := clock.series["stock"].step) is not None:
+            show_on_node(say("step times stock", seconds=f"{seconds:.3g}"), node)
+        return result
+
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, around_sampling)
