@@ -3,7 +3,8 @@
 Over thirty students of the demo teacher: initialized, packaged and briefly trained ones, with
 attention kept in layers and steps, mixed, scaled and disturbed. Each is measured by every candidate
 and samples pictures of other prompts from other noise; a rank correlation says which candidate
-agrees with their PSNR, and which with their SSIM. Writes JSON after every student, and goes on with one that was stopped.
+agrees with their PSNR, and which with their SSIM. Writes JSON after every student, and goes on
+where it was stopped.
 """
 
 import argparse

@@ -53,7 +53,7 @@ class Application:
     _warnings: list[str] = field(default_factory=list)
     _steps: str = ""
     _shown: list[str] = field(default_factory=list)
-    _counted: Counted = Counted()
+    _counted: Counted = field(default_factory=Counted)
     _ran: bool = False
     _run: threading.local = field(default_factory=threading.local)
 

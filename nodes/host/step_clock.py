@@ -27,7 +27,7 @@ class Series:
 
     steps: int = 0
     seconds: float = 0.0
-    counted: Counted = Counted()
+    counted: Counted = field(default_factory=Counted)
 
     @property
     def step(self) -> float | None:
