@@ -15,6 +15,8 @@ RATES = (0.3, 1.0, 3.0, 10.0)
 AUTHORS = {"paper": "published losses", "code-sd15": "features alone, as the code for SD1.5"}
 # Of the time of a whole run, for each rate.
 SEARCH = 0.25
+# Prompts of the error along sampling.
+MEASURED = 4
 TWELVE = (
     "red apple",
     "grinning face with smiling eyes",
@@ -37,12 +39,13 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     Both at batch 8. Each recipe first runs seed 0 at each of `RATES` times its own rate, for a
     share of the time; the rate with the least error on held-out noise is used. A time is so many
     steps as fit it at the pace measured first, so that what else the machine does later changes no
-    figure. The pictures' PSNR is that of seed 0. `output` is JSON, written after every run: a
-    comparison of the same settings that was stopped goes on from it.
+    figure. The pictures' PSNR is that of seed 0, and so is "along", the error at each step of
+    sampling the first of their prompts from other noise (`measure`). `output` is JSON, written
+    after every run: a comparison of the same settings that was stopped goes on from it.
     """
     from ..cli.distill_config import Configuration
     from ..cli.distill_inputs import chosen_data, load_teacher
-    from ..deltaconv.distillation import default_kernels
+    from ..deltaconv.distillation import default_kernels, in_place_of_attention
 
     authors = partial(_authors, against)
     presets = {AUTHORS[against]: authors, "ours": _ours}
@@ -58,6 +61,10 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
         @cache
         def expected():
             return twelve_pictures(teacher, {})
+
+        @cache
+        def path():
+            return _path(teacher, data.unconditional)
 
         def keep():
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +94,7 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
                     blocks = run.pop("blocks")
                     if seed == 0:
                         run["psnr"] = mean_psnr(expected(), twelve_pictures(teacher, blocks))
+                        run["along"] = path().errors(teacher, in_place_of_attention(blocks))
                     runs.append(run)
                     keep()
                 print(f"{name}: seed {seed}: {runs[seed]}", flush=True)
@@ -162,6 +170,18 @@ def _train(teacher, kernels, data, settings) -> dict:
     mse = held_out_error(teacher, blocks, data)
     steps = [settings.layers.steps, settings.joint.steps]
     return {"blocks": blocks, "mse": mse, "steps": steps, "seconds": seconds}
+
+
+def _path(teacher, unconditional):
+    """The teacher's own sampling of the first of the twelve prompts."""
+    import torch
+
+    from ..deltaconv.distillation.measure import guided_path
+    from ..nodes.host.conditioning import encode_prompts
+
+    noise = torch.randn((MEASURED, 3, 64, 64), generator=torch.Generator().manual_seed(3))
+    conditions = encode_prompts(teacher, TWELVE[:MEASURED], None)
+    return guided_path(teacher, conditions, unconditional, noise)
 
 
 def twelve_pictures(teacher, blocks: Mapping):
