@@ -1,13 +1,10 @@
 """What a refused distillation says on its node in the real page; test_walk.py runs one."""
 
-import json
-
 import pytest
-from comfyui_deltaconv.development import ROOT
 from comfyui_deltaconv.development.comfyui.browser import in_page, load_workflow, open_page
 from selenium.webdriver.support.ui import WebDriverWait
+from small_distillation import DISTILL, SETTINGS, SMALL_RUN, small_distillation
 
-DISTILL, SETTINGS = "DeltaConvDistill", "DeltaConvDistillSettings"
 LINE = f"""
 const node = app.graph.nodes.find(node => node.type === '{DISTILL}');
 return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? ''
@@ -16,18 +13,7 @@ return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value
 
 @pytest.fixture(scope="module")
 def workflow():
-    """Model and distillation alone, on small own samples, for as long as it is let."""
-    workflow = json.loads((ROOT / "workflows" / "6_distill_your_own.json").read_text("utf-8"))
-    kept = {"DeltaConvDemoModel", "DeltaConvDemoPrompt", DISTILL, "LossGraphNode"}
-    workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] in kept]
-    ids = {node["id"] for node in workflow["nodes"]}
-    links = [link for link in workflow["links"] if {link[1], link[3]} <= ids]
-    workflow["links"], workflow["groups"] = links, []
-    known = {link[0] for link in links}
-    for node in workflow["nodes"]:
-        for slot in node["outputs"]:
-            slot["links"] = [link for link in slot["links"] or [] if link in known]
-    return workflow
+    return small_distillation()
 
 
 def with_widgets(browser, workflow, **values):
@@ -52,24 +38,10 @@ def wait_for(browser, words):
     return in_page(browser, LINE)
 
 
-SMALL = {
-    "prompts": "octopus",
-    "layer_steps": 100_000,
-    "joint_steps": 0,
-    "batch_size": 1,
-    "samples": 1,
-    "sample_size": 16,
-    "initialization": "random",
-    "choice": "fastest",
-    "minutes": 0,
-    "preview_every": 0,
-    "save_every": 5,
-}
-
-
 def test_an_error_leaves_no_line_of_another_run(browser, server, workflow):
     open_page(browser, server, Comfy_VueNodes_Enabled=False)
-    with_widgets(browser, workflow, **{**SMALL, "samples": 100_000, "samples_mb": 1}, folder="x")
+    many = {"samples": 100_000, "samples_mb": 1}
+    with_widgets(browser, workflow, **{**SMALL_RUN, **many}, folder="x")
     said = wait_for(browser, "failed")
     assert said.startswith("failed before it began, folder x. Expected room for 100000 samples")
 

@@ -5,11 +5,10 @@ import json
 
 import pytest
 from comfyui_deltaconv.deltaconv import demo, read_weights, write_weights
-from comfyui_deltaconv.development import ROOT
 from selenium.webdriver.common.keys import Keys
+from small_distillation import DISTILL, SETTINGS, SMALL_RUN, small_distillation
 from walking import LISTEN, Walk, pictures_folder, small_demo
 
-DISTILL, SETTINGS = "DeltaConvDistill", "DeltaConvDistillSettings"
 CANVAS, NODES = "canvas", "Vue nodes"
 
 
@@ -215,38 +214,8 @@ def test_apply_without_connections_names_them(walk):
     walk.shot("unconnected")
 
 
-def distillation():
-    """The distillation's template, its model and node alone, on small samples of its own."""
-    workflow = json.loads((ROOT / "workflows" / "6_distill_your_own.json").read_text("utf-8"))
-    kept = {"DeltaConvDemoModel", "DeltaConvDemoPrompt", DISTILL, "LossGraphNode"}
-    workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] in kept]
-    ids = {node["id"] for node in workflow["nodes"]}
-    links = [link for link in workflow["links"] if {link[1], link[3]} <= ids]
-    workflow["links"], workflow["groups"] = links, []
-    known = {link[0] for link in links}
-    for node in workflow["nodes"]:
-        for slot in node["outputs"]:
-            slot["links"] = [link for link in slot["links"] or [] if link in known]
-    return workflow
-
-
-SMALL = {
-    "prompts": "octopus",
-    "layer_steps": 100_000,
-    "joint_steps": 0,
-    "batch_size": 1,
-    "samples": 1,
-    "sample_size": 16,
-    "initialization": "random",
-    "choice": "fastest",
-    "minutes": 0,
-    "preview_every": 0,
-    "save_every": 5,
-}
-
-
 def test_a_distillation_is_interrupted_and_goes_on(walk):
-    walk.begin(distillation())
+    walk.begin(small_distillation())
     walk.page(
         f"""const node = find('{DISTILL}'), settings = LiteGraph.createNode('{SETTINGS}');
         app.graph.add(settings);
@@ -262,12 +231,12 @@ def test_a_distillation_is_interrupted_and_goes_on(walk):
         )
 
     # No prompts: it says so before anything runs.
-    given(**{**SMALL, "prompts": ""})
+    given(**{**SMALL_RUN, "prompts": ""})
     assert walk.run() == "error"
     assert walk.line(DISTILL).startswith("Expected prompts to train with, got none.")
     walk.shot("no-prompts")
 
-    given(**SMALL)
+    given(**SMALL_RUN)
     walk.start()
     walk.wait(lambda: "layers " in walk.line(DISTILL))
     folder = walk.line(DISTILL).partition(", folder ")[2]
