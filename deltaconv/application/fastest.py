@@ -42,10 +42,8 @@ class Choice:
 
 @dataclass
 class Choices:
-    """Choices made so far, and the seconds spent on them; one instance per process and use."""
+    """Choices made so far, and the seconds spent on them; one instance per process."""
 
-    # Of each short call: medians choose more surely.
-    repeats: int = _REPEATS
     made: dict[tuple[Hashable, Size], Choice] = field(default_factory=dict)
     spent: defaultdict[torch.device, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -68,7 +66,7 @@ class Choices:
                 self.made[key] = self._judged(layer, math.prod(size))
             else:
                 self.made[key], took = measure(
-                    device, block, attention, BUDGET - self.spent[device], self.repeats
+                    device, block, attention, BUDGET - self.spent[device]
                 )
                 self.spent[device] += took
         return self.made[key]
@@ -92,18 +90,62 @@ class Choices:
         return max(bounds, key=lambda choice: choice.attention - choice.block, default=stays)
 
 
+@dataclass
+class Savings:
+    """What each layer saves at its size in seconds a call; one instance per process.
+
+    For telling only, so that it costs less than a choice: the block's own call is timed, and one or
+    two of attention.
+    """
+
+    known: dict[Hashable, float] = field(default_factory=dict)
+    met: set[Hashable] = field(default_factory=set)
+    spent: defaultdict[torch.device, float] = field(default_factory=lambda: defaultdict(float))
+
+    def run(
+        self,
+        key: Hashable,
+        device: torch.device,
+        block: Callable[[], torch.Tensor],
+        attention: Callable[[], object],
+    ) -> tuple[torch.Tensor, float]:
+        """The block's output, and what it saves: 0 at the first call of `key`, NaN if unknown.
+
+        The first call loads kernels and tells nothing. The second is timed, unless the device's
+        `BUDGET` is spent.
+        """
+        if key in self.known:
+            return block(), self.known[key]
+        if key not in self.met:
+            self.met.add(key)
+            return block(), 0.0
+        if self.spent[device] >= BUDGET:
+            return block(), math.nan
+        outputs: list[torch.Tensor] = []
+
+        def kept() -> None:
+            outputs.append(block())
+
+        took = seconds(device, kept)
+        taken = _seconds(device, attention)
+        self.spent[device] += taken
+        if taken < _SHORT:
+            # It may have loaded its kernels.
+            taken = min(taken, _seconds(device, attention))
+        self.known[key] = taken - took if taken < math.inf else math.nan
+        return outputs[0], self.known[key]
+
+
 def measure(
     device: torch.device,
     block: Callable[[], object],
     attention: Callable[[], object],
     budget: float = BUDGET,
-    repeats: int = _REPEATS,
 ) -> tuple[Choice, float]:
     """The choice by interleaved medians, and the seconds spent on it without compilation.
 
     Attention is called only once where that decides, or where a second call would exceed `budget`.
-    Short calls are timed `repeats` times. What runs out of memory loses; if both do, the error is
-    raised.
+    What runs out of memory loses; if both do, the error is raised.
     """
     start = time.perf_counter()
     first = warm = _seconds(device, block)
@@ -123,7 +165,7 @@ def measure(
     # The first call of attention may have loaded its kernels.
     ways, times = (block, attention), ([warm], [_seconds(device, attention)])
     if max(warm, *times[1]) < _SHORT:
-        for _ in range(repeats - 1):
+        for _ in range(_REPEATS - 1):
             for way, series in zip(ways, times, strict=True):
                 series.append(_seconds(device, way))
     blocks, attentions = map(statistics.median, times)

@@ -14,7 +14,7 @@ from comfy.hooks import EnumHookType
 from comfy.model_patcher import ModelPatcher
 
 from ...deltaconv import DeltaConvBlock
-from ...deltaconv.application.fastest import BUDGET, Choice, Choices, Size
+from ...deltaconv.application.fastest import BUDGET, Choice, Choices, Savings, Size
 from ...deltaconv.application.report import choices_report
 from .inert import inert_parts
 from .messages import say
@@ -25,9 +25,9 @@ from .two_models import BOTH_PASSES, NO_RANGE, TAKEN, not_these_blocks, runs_in_
 
 log = logging.getLogger(__name__)
 
-# Times are measured once per process and shared by all applications: those that choose, and those
-# that only tell what attention would take.
-_CHOICES, _TOLD = Choices(), Choices(repeats=1)
+# Times are measured once per process and shared by all applications: to choose by, and to tell what
+# attention would take.
+_CHOICES, _SAVINGS = Choices(), Savings()
 _BLOCKS, _ATTENTION = "blocks", "attention"
 
 
@@ -133,22 +133,23 @@ class Application:
         size = tuple(size)
         numbers = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
         layer = (x.device, x.dtype, batch, numbers, block.scales, block.gate)
+        if not self.where_faster:
+            result, saved = _SAVINGS.run((layer, size), x.device, convolve, attend)
+            self._count(saved)
+            return result
         if compiling:
             takes = self.takes_compiled_block(site.path, layer, batch, size)
             return convolve() if takes else attend()
-        choices = _CHOICES if self.where_faster else _TOLD
-        choice = choices.choose(layer, size, x.device, convolve, attend)
-        if self.where_faster:
-            self.chosen[site.path, (batch, *size)] = choice
-        takes = choice.takes_block or not self.where_faster
-        self._count(choice if takes else None)
-        return convolve() if takes else attend()
+        choice = _CHOICES.choose(layer, size, x.device, convolve, attend)
+        self.chosen[site.path, (batch, *size)] = choice
+        if not choice.takes_block:
+            self._count(0.0)
+            return attend()
+        self._count(choice.attention - choice.block if choice.measured else math.nan)
+        return convolve()
 
-    def _count(self, choice: Choice | None) -> None:
-        """Note one call of a layer; `choice` where its block runs. Unknown times are NaN."""
-        saved = 0.0
-        if choice is not None:
-            saved = choice.attention - choice.block if choice.measured else math.nan
+    def _count(self, saved: float) -> None:
+        """Note one call of a layer, and the seconds that its block saved; NaN: unknown."""
         self._counted = Counted(self._counted.calls + 1, self._counted.saved + saved)
 
     @torch.compiler.assume_constant_result
@@ -217,6 +218,8 @@ class Application:
         clock = StepClock(
             lambda sigma: _BLOCKS if self._in_range(sampling, sigma) else _ATTENTION,
             lambda: self._counted,
+            # Of the first two, one loads and the other is lengthened by the timing of layers.
+            skipped=2,
         )
         result = clock.run(executor, args, kwargs)
         self._steps = self._seconds_of_steps(clock)

@@ -39,12 +39,13 @@ class Series:
 class StepClock:
     """The steps of one sampling by kind, which `kind(sigma)` says at the sigma where each begins.
 
-    The first of successive steps of a kind is left out: it loads weights and kernels, compiles, or
-    times layers. `counted` is read where the others begin and end.
+    The first `skipped` of successive steps of a kind are left out: they load weights and kernels,
+    compile, or time layers. `counted` is read where the others begin and end.
     """
 
     kind: Callable[[float], str]
     counted: Callable[[], Counted] = Counted
+    skipped: int = 1
     series: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
 
     def run(self, executor, args: tuple, kwargs: dict):
@@ -61,26 +62,32 @@ class StepClock:
     def _hearing(self, sigmas: torch.Tensor, device: torch.device, given: Callable | None):
         """The sampler's callback, which passes on to `given`: progress and previews."""
         kinds = [self.kind(sigma) for sigma in sigmas.tolist()[:-1]]
-        begun: tuple[int, float, Counted] | None = None
+        # Step, time and counts where the present steps of one kind begin to be measured.
+        first, begun = 0, None
 
         def heard(step, *progress):
-            nonlocal begun
+            nonlocal first, begun
             kind = kinds[step] if 0 <= step < len(kinds) else None
             if kind and (step == 0 or kinds[step - 1] != kind):
+                first, begun = step, None
+            if kind and step - first == self.skipped - 1:
                 begun = (step, _now(device), self.counted())
             elif kind and begun and (step + 1 == len(kinds) or kinds[step + 1] != kind):
-                first, since, before = begun
-                series, after = self.series[kind], self.counted()
-                series.steps += step - first
-                series.seconds += _now(device) - since
-                series.counted = Counted(
-                    series.counted.calls + after.calls - before.calls,
-                    series.counted.saved + after.saved - before.saved,
-                )
+                self._add(kind, step, begun, device)
             if given is not None:
                 given(step, *progress)
 
         return heard
+
+    def _add(self, kind: str, step: int, begun: tuple[int, float, Counted], device) -> None:
+        first, since, before = begun
+        series, after = self.series[kind], self.counted()
+        series.steps += step - first
+        series.seconds += _now(device) - since
+        series.counted = Counted(
+            series.counted.calls + after.calls - before.calls,
+            series.counted.saved + after.saved - before.saved,
+        )
 
 
 def _now(device: torch.device) -> float:

@@ -58,7 +58,7 @@ def test_a_dragged_workflow_runs_and_its_picture_brings_it_back(walk):
     walk.write("red apple", "octopus, zebrafish")
     assert walk.run() == "success"
     steps = walk.page("return window.progress")
-    assert [step[:2] for step in steps] == [[1, 2], [2, 2]] * 2
+    assert [step[:2] for step in steps] == [[1, 3], [2, 3], [3, 3]] * 2
     assert any("%" in title for *_, title in steps)
     walk.wait(lambda: "ignored: zebrafish." in walk.text())
     assert "ignored: zebrafish." in walk.line("Prompt")

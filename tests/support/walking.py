@@ -189,11 +189,11 @@ class Walk:
 
 
 def small_demo() -> dict:
-    """The demo's workflow, drawn in two steps on a quarter of its pixels."""
+    """The demo's workflow, drawn in three steps on a quarter of its pixels."""
     workflow = json.loads(DEMO.read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
         if node["type"] == "KSampler":
-            node["widgets_values"][2] = 2
+            node["widgets_values"][2] = 3
         if node["type"] == "EmptyChromaRadianceLatentImage":
             node["widgets_values"][:2] = [32, 32]
     return workflow

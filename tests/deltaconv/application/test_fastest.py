@@ -182,3 +182,64 @@ def test_the_queue_is_that_of_the_tensors_own_device(monkeypatch):
     synchronize(SECOND)
     synchronize(torch.device("mps", 0))
     assert waited == [SECOND, "mps"]
+
+
+class Layer:
+    """Block and attention that take so many seconds by a clock of their own."""
+
+    def __init__(self, monkeypatch, block, attention):
+        self.calls = []
+
+        def seconds(device, call):
+            before = len(self.calls)
+            call()
+            taken = {"block": block, "attention": attention}[self.calls[before]]
+            if isinstance(taken, Exception):
+                raise taken
+            return taken
+
+        monkeypatch.setattr(fastest, "seconds", seconds)
+
+    def block(self):
+        self.calls.append("block")
+        return torch.ones(1)
+
+    def attention(self):
+        self.calls.append("attention")
+
+
+def saved(savings, layer, key="key"):
+    result, saved = savings.run(key, torch.device("cpu"), layer.block, layer.attention)
+    assert torch.equal(result, torch.ones(1))
+    return saved
+
+
+def test_savings_time_the_second_call_and_no_block_twice(monkeypatch):
+    layer, savings = Layer(monkeypatch, 0.25, 1.0), fastest.Savings()
+    assert [saved(savings, layer) for _ in range(3)] == [0.0, 0.75, 0.75]
+    assert layer.calls == ["block", "block", "attention", "block"]
+
+
+def test_savings_call_a_short_attention_twice(monkeypatch):
+    layer, savings = Layer(monkeypatch, 0.01, 0.04), fastest.Savings()
+    saved(savings, layer)
+    assert saved(savings, layer) == pytest.approx(0.03)
+    assert layer.calls.count("attention") == 2
+
+
+def test_savings_end_with_the_budget(monkeypatch):
+    layer, savings = Layer(monkeypatch, 0.25, 3.0), fastest.Savings()
+    for key in ("first", "second"):
+        saved(savings, layer, key)
+    assert saved(savings, layer, "first") == 2.75
+    assert math.isnan(saved(savings, layer, "second"))
+    assert saved(savings, layer, "first") == 2.75
+    assert layer.calls.count("attention") == 1
+
+
+def test_attention_that_runs_out_of_memory_tells_nothing(monkeypatch):
+    layer = Layer(monkeypatch, 0.25, torch.OutOfMemoryError("CUDA out of memory."))
+    savings = fastest.Savings()
+    saved(savings, layer)
+    assert math.isnan(saved(savings, layer)) and math.isnan(saved(savings, layer))
+    assert layer.calls.count("attention") == 1

@@ -56,12 +56,12 @@ def told(monkeypatch, comfy):
     def told(attention):
         def seconds(device, call):
             call()
-            return 0.01 if call.__name__ == "convolve" else attention
+            return 0.01 if call.__name__ in ("convolve", "kept") else attention
 
         monkeypatch.setattr(fastest, "seconds", seconds)
         monkeypatch.setattr(fastest, "BUDGET", math.inf)
-        for name in ("_TOLD", "_CHOICES"):
-            monkeypatch.setattr(application, name, fastest.Choices())
+        monkeypatch.setattr(application, "_SAVINGS", fastest.Savings())
+        monkeypatch.setattr(application, "_CHOICES", fastest.Choices())
 
     return told
 
@@ -130,12 +130,23 @@ def test_layers_behind_another_nodes_hand_leave_only_the_step(base, weights, clo
     assert steps_of(shown) == "a step took 0.25 s"
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_the_first_step_is_not_counted(base, weights, clock, shown, steps):
-    times = iter([100.0, BLOCKS])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_first_steps_are_not_counted(base, weights, clock, shown, steps):
+    times = iter([100.0, 100.0, BLOCKS])
     sample(apply(clock(base, lambda sigma: next(times)), weights)[0], steps=steps)
-    assert steps_of(shown).startswith("" if steps == 1 else "a step took 0.25 s")
-    assert bool(steps_of(shown)) == (steps == 2)
+    assert steps_of(shown).startswith("a step took 0.25 s" if steps == 3 else "")
+    assert bool(steps_of(shown)) == (steps == 3)
+
+
+def test_telling_calls_no_block_twice(base, weights, told, shown):
+    told(attention=0.03)
+    patched, _ = apply(base, weights)
+    (blocks,) = patched.get_additional_models_with_key("deltaconv")
+    calls = []
+    for block in blocks.model.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    sample(patched, steps=3)
+    assert len(calls) == 3 * 10
 
 
 def test_whoever_else_hears_of_steps_still_does(base, weights):
