@@ -50,6 +50,9 @@ class StepClock:
 
     def run(self, executor, args: tuple, kwargs: dict):
         """Call what an OUTER_SAMPLE wrapper is given, and hear of its steps."""
+        if len(args) <= _SIGMAS:
+            # A guider of another node, which names its arguments.
+            return executor(*args, **kwargs)
         arguments = list(args)
         given = arguments[_CALLBACK] if len(args) > _CALLBACK else kwargs.get("callback")
         heard = self._hearing(args[_SIGMAS], executor.class_obj.model_patcher.load_device, given)

@@ -179,3 +179,14 @@ def test_the_demo_model_tells_of_its_own_steps_alone(clock, shown):
     assert not [text for node, text in shown if node == "5"]
     sample(model, steps=3)
     assert shown[-1] == ("5", "a step took 1 s with self-attention")
+
+
+def test_a_guider_that_names_its_arguments_is_left_alone(comfy):
+    from comfyui_deltaconv.nodes.host.step_clock import StepClock
+
+    clock, given = StepClock(lambda sigma: "stock"), {"sigmas": torch.zeros(3), "callback": None}
+    assert clock.run(lambda *args, **kwargs: (args, kwargs), ("noise",), given) == (
+        ("noise",),
+        given,
+    )
+    assert clock.series["stock"].step is None
