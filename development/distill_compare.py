@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +17,8 @@ AUTHORS = {"paper": "published losses", "code-sd15": "features alone, as the cod
 SEARCH = 0.25
 # Prompts of the error along sampling.
 MEASURED = 4
+# An error of the first step against one of the last, at the end of sampling (choice_search).
+GROWTH = 50.0
 TWELVE = (
     "red apple",
     "grinning face with smiling eyes",
@@ -40,8 +42,9 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     share of the time; the rate with the least error on held-out noise is used. A time is so many
     steps as fit it at the pace measured first, so that what else the machine does later changes no
     figure. The pictures' PSNR is that of seed 0, and so is "along", the error at each step of
-    sampling the first of their prompts from other noise (`measure`). `output` is JSON, written
-    after every run: a comparison of the same settings that was stopped goes on from it.
+    sampling the first of their prompts from other noise (`measure`); "grown" is their weighted
+    sum. `output` is JSON, written after every run: a comparison of the same settings that was
+    stopped goes on from it.
     """
     from ..cli.distill_config import Configuration
     from ..cli.distill_inputs import chosen_data, load_teacher
@@ -95,6 +98,7 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
                     if seed == 0:
                         run["psnr"] = mean_psnr(expected(), twelve_pictures(teacher, blocks))
                         run["along"] = path().errors(teacher, in_place_of_attention(blocks))
+                        run["grown"] = grown(run["along"])
                     runs.append(run)
                     keep()
                 print(f"{name}: seed {seed}: {runs[seed]}", flush=True)
@@ -170,6 +174,11 @@ def _train(teacher, kernels, data, settings) -> dict:
     mse = held_out_error(teacher, blocks, data)
     steps = [settings.layers.steps, settings.joint.steps]
     return {"blocks": blocks, "mse": mse, "steps": steps, "seconds": seconds}
+
+
+def grown(steps: Sequence[float]) -> float:
+    """The sum of every step's error, weighted by how much larger those of early steps end up."""
+    return sum(share * GROWTH ** (-at / len(steps)) for at, share in enumerate(steps))
 
 
 def _path(teacher, unconditional):

@@ -11,20 +11,18 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cli.host import entered
 from . import ROOT
 from .comfyui.tree import chosen_tree
-from .distill_compare import TWELVE
+from .distill_compare import TWELVE, grown
 
 MEASURED, PICTURED = 4, 8
 PATH_STEPS, SHORT_STEPS, PICTURE_STEPS = 10, 6, 12
 TRAINED_STEPS = 20
-# An error of the first step against one of the last, at the end of sampling (choice_search).
-GROWTH = 50.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def correlations(students: Mapping[str, dict]) -> dict[str, tuple[float, float]]
         "mse at uniform steps": lambda f: f["mse"],
         "guided mse, mean": lambda f: sum(f["guided"]),
         "error along sampling": lambda f: sum(f["steps"]),
-        "error along sampling, as it grows": lambda f: _grown(f["steps"]),
+        "error along sampling, as it grows": lambda f: grown(f["steps"]),
         "short sampling": lambda f: f["short"],
     }
     psnr, ssim = ([-figures[of] for figures in students.values()] for of in ("psnr", "ssim"))
@@ -171,11 +169,6 @@ def correlations(students: Mapping[str, dict]) -> dict[str, tuple[float, float]]
         name: (agreement(figure, psnr), agreement(figure, ssim))
         for name, figure in candidates.items()
     }
-
-
-def _grown(steps: Sequence[float]) -> float:
-    """Shares of every step weighted by how much larger those of early steps end up."""
-    return sum(share * GROWTH ** (-at / len(steps)) for at, share in enumerate(steps))
 
 
 def _picture(latents):

@@ -20,7 +20,7 @@ from .inert import inert_parts
 from .messages import say
 from .node_text import show_on_node
 from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
-from .step_clock import Counted, StepClock
+from .step_clock import Counted, StepClock, readable
 from .two_models import BOTH_PASSES, NO_RANGE, TAKEN, not_these_blocks, runs_in_both_passes
 
 log = logging.getLogger(__name__)
@@ -231,15 +231,15 @@ class Application:
         blocks, attention = clock.series[_BLOCKS], clock.series[_ATTENTION]
         if not self._ran or blocks.step is None:
             return ""
-        after = f"{blocks.step:.3g}"
+        after = readable(blocks.step)
         if attention.step is not None:
-            return say("step times", before=f"{attention.step:.3g}", after=after)
+            return say("step times", before=readable(attention.step), after=after)
         calls, saved = blocks.counted
         # A compiled model and a replayed graph run without this code.
         if calls < blocks.steps * len(self.replaced) or not math.isfinite(saved):
             return say("step time", seconds=after)
         before = max(0.0, blocks.step + saved / blocks.steps)
-        return say("step times by layer", before=f"{before:.2g}", after=after)
+        return say("step times by layer", before=readable(before, 2), after=after)
 
     def before_sampling(self, patcher: ModelPatcher) -> None:
         """ON_PRE_RUN callback: log what has no effect of the nodes after Apply ΔConv."""

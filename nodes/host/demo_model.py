@@ -13,7 +13,7 @@ from ...deltaconv import demo
 from .messages import say
 from .node_text import show_on_node
 from .patch import is_patched
-from .step_clock import StepClock
+from .step_clock import StepClock, readable
 
 _PREFIX = "model.diffusion_model."
 _KEY = "deltaconv_demo"
@@ -68,7 +68,7 @@ def tell_times(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
         clock = StepClock(lambda sigma: "stock")
         result = clock.run(executor, args, kwargs)
         if (seconds := clock.series["stock"].step) is not None:
-            show_on_node(say("step times stock", seconds=f"{seconds:.3g}"), node)
+            show_on_node(say("step times stock", seconds=readable(seconds)), node)
         return result
 
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, around_sampling)

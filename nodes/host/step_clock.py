@@ -93,6 +93,11 @@ class StepClock:
         )
 
 
+def readable(seconds: float, digits: int = 3) -> str:
+    """Seconds in so many digits or as a whole number, never with a power of ten."""
+    return f"{seconds:.0f}" if seconds >= 10 ** (digits - 1) else f"{seconds:.{digits}g}"
+
+
 def _now(device: torch.device) -> float:
     # Only where a series begins and ends: in between, the host may run ahead of the device.
     synchronize(device)

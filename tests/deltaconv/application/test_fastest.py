@@ -225,6 +225,7 @@ def test_savings_call_a_short_attention_twice(monkeypatch):
     saved(savings, layer)
     assert saved(savings, layer) == pytest.approx(0.03)
     assert layer.calls.count("attention") == 2
+    assert savings.spent[CPU] == pytest.approx(0.08)
 
 
 def test_savings_end_with_the_budget(monkeypatch):

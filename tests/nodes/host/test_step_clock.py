@@ -190,3 +190,25 @@ def test_a_guider_that_names_its_arguments_is_left_alone(comfy):
         given,
     )
     assert clock.series["stock"].step is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((0.0468, 0.0123), "a step took 0.0468 s with attention, 0.0123 s with blocks"),
+        ((1234.5, 128.46), "a step took 1234 s with attention, 128 s with blocks"),
+    ],
+)
+def test_seconds_of_any_size_are_plain_numbers(base, weights, clock, shown, steps, said):
+    begin = base.get_model_object("model_sampling").percent_to_sigma(0.5)
+    model = clock(base, lambda sigma: steps[sigma <= begin])
+    sample(apply(model, weights, start_percent=0.5)[0], steps=8)
+    assert steps_of(shown) == said
+
+
+def test_a_long_step_is_reckoned_in_plain_numbers(base, weights, clock, told, shown):
+    told(attention=9.01)
+    sample(apply(clock(base, lambda sigma: 30.0), weights)[0], steps=4)
+    assert "a step took 30 s with blocks; with attention it would take about 120 s" in (
+        steps_of(shown)
+    )
