@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..deltaconv.application.report import ApplicationFacts, application_report, application_summary
 from ..deltaconv.weights.compatibility import check_fit, select_sites
 from ..kernels import GATES
-from .host.application import Application
+from .host.application import NODE, Application
 from .host.inert import inert_parts
 from .host.messages import say
 from .host.node_text import running_node, show_on_node
@@ -24,7 +24,7 @@ class DeltaConvApply(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="DeltaConvApply",
+            node_id=NODE,
             display_name="Apply ΔConv",
             category=CATEGORY,
             description="Replace the self-attention layers of a model by the ΔConvBlocks "

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..deltaconv import demo, read_weights
-from .host.demo_model import load_demo_model, tell_times
+from .host.demo_model import NODE, load_demo_model, tell_times
 from .host.messages import say
 from .host.node_text import running_node, show_on_node
 from .node import Node
@@ -16,7 +16,7 @@ class DeltaConvDemoModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="DeltaConvDemoModel",
+            node_id=NODE,
             display_name="ΔConv Demo Model",
             category=CATEGORY,
             description="A tiny emoji text-to-image model that comes with this pack, and ΔConv "

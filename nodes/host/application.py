@@ -18,7 +18,7 @@ from ...deltaconv.application.fastest import BUDGET, Choice, Choices, Savings, S
 from ...deltaconv.application.report import choices_report
 from .inert import inert_parts
 from .messages import say
-from .node_text import show_on_node
+from .node_text import present_node, show_on_node
 from .sites import OTHERS, ModelSites, OnMap, Site, SiteCall
 from .step_clock import Counted, StepClock, readable
 from .two_models import BOTH_PASSES, NO_RANGE, TAKEN, not_these_blocks, runs_in_both_passes
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 # attention would take.
 _CHOICES, _SAVINGS = Choices(), Savings()
 _BLOCKS, _ATTENTION = "blocks", "attention"
+# The class of the node that applies, as saved workflows name it.
+NODE = "DeltaConvApply"
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Application:
     # Warnings in the order in which they came, and what the node shows below its summary.
     _warnings: list[str] = field(default_factory=list)
     _steps: str = ""
-    _shown: list[str] = field(default_factory=list)
+    # And on which node.
+    _shown: tuple[str, list[str]] = ("", [])
     _counted: Counted = field(default_factory=Counted)
     _ran: bool = False
     _run: threading.local = field(default_factory=threading.local)
@@ -186,9 +189,10 @@ class Application:
     def _show(self) -> None:
         """Put what was said and measured since on the node."""
         said = [*filter(None, [self._steps]), *self._warnings]
-        if self.node and said != self._shown:
-            self._shown = said
-            show_on_node("\n".join([self.summary, *said]), self.node)
+        shown = (node := present_node(self.node, NODE), said)
+        if node and shown != self._shown and (said or self._shown[1]):
+            self._shown = shown
+            show_on_node("\n".join([self.summary, *said]), node)
 
     def around_model_call(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper, which PixArt calls too: note whether this sigma is in the range."""

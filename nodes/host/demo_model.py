@@ -11,12 +11,14 @@ from comfy.patcher_extension import WrappersMP
 
 from ...deltaconv import demo
 from .messages import say
-from .node_text import show_on_node
+from .node_text import present_node, show_on_node
 from .patch import is_patched
 from .step_clock import StepClock, readable
 
 _PREFIX = "model.diffusion_model."
 _KEY = "deltaconv_demo"
+# The class of the node that loads it, as saved workflows name it.
+NODE = "DeltaConvDemoModel"
 
 
 class EmojiDemo(comfy.supported_models_base.BASE):
@@ -67,8 +69,9 @@ def tell_times(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
             return executor(*args, **kwargs)
         clock = StepClock(lambda sigma: "stock")
         result = clock.run(executor, args, kwargs)
-        if (seconds := clock.series["stock"].step) is not None:
-            show_on_node(say("step times stock", seconds=readable(seconds)), node)
+        seconds, now = clock.series["stock"].step, present_node(node, NODE)
+        if seconds is not None and now:
+            show_on_node(say("step times stock", seconds=readable(seconds)), now)
         return result
 
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, around_sampling)

@@ -12,6 +12,26 @@ def running_node() -> str:
     return "" if context is None else context.node_id
 
 
+def present_node(node: str, class_type: str) -> str:
+    """The number that a node of this class has now, which was `node` when it was executed.
+
+    ComfyUI keeps what a node gave for any other of the same inputs, also in a graph opened later,
+    where another node may have that number. "" where it is not there and several may be it.
+    """
+    if not running_node():
+        return node
+    from server import PromptServer
+
+    running = get_executing_context().prompt_id
+    present = []
+    for item in PromptServer.instance.prompt_queue.get_current_queue_volatile()[0]:
+        if item[1] == running:
+            present += [each for each, held in item[2].items() if held["class_type"] == class_type]
+    if node in present:
+        return node
+    return present[0] if len(present) == 1 else ""
+
+
 def show_on_node(text: str, node: str | None = None) -> None:
     """Replace a node's text, that of the running one by default; does nothing without a server.
 
