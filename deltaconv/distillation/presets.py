@@ -32,6 +32,7 @@ def default_settings(**changes: Any) -> DistillationSettings:
         layers=StageSettings(300, lr=1e-3),
         joint=StageSettings(300, lr=3e-4),
         losses={"teacher": 1.0, "normalised_features": 0.3},
+        updates=8,
     )
     return replace(settings, **changes)
 

@@ -7,12 +7,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ..block import DeltaConvBlock
 from ..geometry import BlockPlan
 from ..weights.model import DeltaConvWeights
+from .activations import Kept, KeptPasses, KeptTeacher, chosen, record
 from .checkpoint import Checkpoints
 from .data import Batch, Dataset, draw
 from .engine import Engine
@@ -32,6 +34,8 @@ from .settings import (
 from .student import Student, take_weights
 from .teacher import Teacher
 from .training import Training
+
+_T = TypeVar("_T")
 
 Change = Callable[[Mapping[str, DeltaConvBlock]], dict[str, float]]
 # Initialized blocks → the sites that keep theirs, and the share of sampling from which they act.
@@ -125,6 +129,8 @@ class _Run:
         # Said with the next record.
         self.notes: list[str] = []
         self.memory = MemoryPolicy(teacher.device, self.notes.append)
+        # Of the layers stage, where a pass of the teacher serves several updates.
+        self.passes: KeptPasses | None = None
         self.initialized = self.yielded = False
         if state := checkpoints.load(training.shapes):
             if plan and state.progress.number:
@@ -160,7 +166,9 @@ class _Run:
             if self.plan and self.done:
                 yield self._plan(data, self.plan)
             if training.stage == "layers":
+                self.passes = self._passes(data)
                 yield from self._train(data)
+                self.passes = None
                 self._end_layers(data)
             if training.stage == "joint":
                 self.teacher.checkpointing(self.settings.checkpointing)
@@ -218,9 +226,15 @@ class _Run:
 
     def _pace(self, data: Dataset) -> Pace:
         """Seconds of the second of two steps of each stage, which change nothing."""
-        training = self.training
+        training, updates = self.training, self.settings.updates
         state = training.generator.get_state()
         seconds: dict[StageName, float] = {"layers": inf, "joint": inf}
+
+        def timed(stage: StageName) -> float:
+            started = time.monotonic()
+            self._losses(data, stage, 0)
+            return time.monotonic() - started
+
         try:
             for stage in seconds:
                 joint = stage == "joint"
@@ -228,10 +242,14 @@ class _Run:
                     continue
                 self.teacher.checkpointing(joint and self.settings.checkpointing)
                 for _ in range(2):
-                    started = time.monotonic()
-                    self._losses(data, stage)
-                    seconds[stage] = time.monotonic() - started
+                    self.passes = None if joint else self._passes(data)
+                    seconds[stage] = timed(stage)
+                if self.passes:
+                    # The step before had a pass of the teacher in it, which serves several.
+                    seconds[stage] += (updates - 1) * timed(stage)
+                    seconds[stage] /= updates
         finally:
+            self.passes = None
             self.teacher.checkpointing(False)
             training.optimizer.zero()
             training.generator.set_state(state)
@@ -242,7 +260,7 @@ class _Run:
         joint, stage = training.stage == "joint", self.settings.stage(training.stage)
         while training.step < stage.steps:
             started = time.monotonic()
-            losses = self._losses(data, training.stage)
+            losses = self._losses(data, training.stage, training.step)
             total = sum(losses.values()) if joint else _mean(losses)
             lr = training.optimizer.lr(training.step)
             if note := training.update(total):
@@ -269,32 +287,72 @@ class _Run:
         if self.settings.joint.steps:
             self.training.begin_joint()
 
-    def _draw(self, data: Dataset, stage: StageSettings) -> Batch:
+    def _draw(
+        self, data: Dataset, stage: StageSettings, generator: torch.Generator, position: int
+    ) -> Batch:
         return draw(
             data,
             self.teacher,
-            self.training.generator,
+            generator,
             seed=self.settings.seed,
             batch=stage.batch,
-            position=self.training.position,
+            position=position,
             unconditional=self.settings.unconditional,
             trajectory_share=self.settings.trajectory_share if data.trajectories else 0.0,
             start=self.training.student.start,
             rows=self.engine.rows(stage),
         )
 
-    def _losses(self, data: Dataset, stage: StageName) -> dict[str, float]:
-        """The losses of a batch of the stage, and their gradients."""
+    def _losses(self, data: Dataset, stage: StageName, step: int) -> dict[str, float]:
+        """The losses of this step's batch, and their gradients."""
         training, settings = self.training, self.settings.stage(stage)
-        batch = self._draw(data, settings)
+        kept = self._kept(step) if stage == "layers" and self.passes else None
+        if kept is None:
+            batch = self._draw(data, settings, training.generator, training.position)
+        else:
+            batch = kept.batch
 
         def losses() -> dict[str, float]:
             training.optimizer.zero()
+            teacher = self.teacher
+            if kept is not None:
+                teacher = KeptTeacher(kept, self.teacher.device).as_teacher()
             parts = self.memory.parts(settings)
-            return self.engine.losses(self.teacher, training, batch, parts, stage == "joint")
+            return self.engine.losses(teacher, training, batch, parts, stage == "joint")
 
+        return self._within_memory(settings, losses)
+
+    def _within_memory(self, stage: StageSettings, compute: Callable[[], _T]) -> _T:
         # Others could not know that this process takes smaller parts.
-        return self.memory.run(settings, losses) if self.engine.alone else losses()
+        return self.memory.run(stage, compute) if self.engine.alone else compute()
+
+    def _kept(self, step: int) -> Kept | None:
+        """The pass that this update of the layers stage goes over; None where none can be kept."""
+        settings = self.settings
+        if self.passes and (passes := self.passes.up_to(step // settings.updates)):
+            return chosen(passes, step, settings.updates, settings.seed)
+        if self.passes:
+            self.passes = None
+            self.notes.append(
+                f"a pass of the base takes more than kept_gib, {settings.kept_gib:g} GiB: every "
+                "update has its own"
+            )
+        return None
+
+    def _passes(self, data: Dataset) -> KeptPasses | None:
+        """Of the layers stage; None where every update has its own."""
+        stage, settings = self.settings.layers, self.settings
+        most = settings.kept_gib * 2**30
+
+        def run(number: int) -> Kept | None:
+            generator = torch.Generator().manual_seed((settings.seed ^ 0xAC7) + number)
+            batch = self._draw(data, stage, generator, number)
+            sites = self.training.student.blocks.keys()
+            return self._within_memory(
+                stage, lambda: record(self.teacher, batch, self.memory.parts(stage), sites, most)
+            )
+
+        return KeptPasses(run, most) if settings.updates > 1 else None
 
     def _replay(self, data: Dataset):
         layers = self.settings.layers

@@ -66,9 +66,11 @@ def test_two_processes_take_the_steps_of_one_which_then_goes_on(tmp_path, start_
     assert_same_curve([*found[0]["records"], *rest], one_process(20, 23, losses=DEFAULT))
 
 
-def test_the_engine_of_one_process_takes_its_steps_and_says_where_memory_ends():
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_engine_of_one_process_takes_its_steps_and_says_where_memory_ends(updates):
     teacher, engine = toy.ToyTeacher(), ParallelEngine()
-    settings = toy.toy_settings(4, 4, losses={"teacher": 1.0, "normalised_features": 0.3})
+    losses = {"teacher": 1.0, "normalised_features": 0.3}
+    settings = toy.toy_settings(4, 4, losses=losses, updates=updates)
 
     def run(engine=None):
         records = distill(teacher, toy.PLAN, toy_sizes(), settings, engine=engine)
@@ -89,6 +91,7 @@ def test_the_engine_of_one_process_takes_its_steps_and_says_where_memory_ends():
         (4, {"losses": OTHER, "accumulate": 2, "min_snr": 5.0}),
         # Shares of one and two images.
         (3, {"losses": DEFAULT, "accumulate": 2}),
+        (2, {"losses": DEFAULT, "updates": 4}),
     ],
 )
 def test_many_processes_have_the_losses_of_one(tmp_path, start_toy, count, entries):

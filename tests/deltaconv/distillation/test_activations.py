@@ -1,0 +1,201 @@
+"""Passes of the teacher that serve several updates of the layers stage."""
+
+import time
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toy_teacher as toy
+from comfyui_deltaconv.deltaconv.distillation import distill
+from comfyui_deltaconv.deltaconv.distillation.activations import (
+    KeptPasses,
+    KeptTeacher,
+    chosen,
+    record,
+)
+from comfyui_deltaconv.deltaconv.distillation.data import draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+# Of one pass of four images: two sites, x and y, in 16 bits.
+PASS = 2 * 2 * 4 * toy.SIZE**2 * toy.CHANNELS * 2
+GIB = 2**30
+
+
+class Counting(toy.ToyTeacher):
+    """Counts its passes by what they are for, and can blow up the maps of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes, self.blown = 0, None
+
+    def predict(self, x, sigma, conditions, visit=None, features=None):
+        self.passes += 1
+        if self.passes == self.blown:
+            x = x * float("inf")
+        return super().predict(x, sigma, conditions, visit, features)
+
+
+def run(layers=12, teacher=None, joint=0, **changes):
+    """Records of a run from random blocks, whose stages alone call the teacher."""
+    changes = {"init": "random", "updates": 4, **changes}
+    options = {"folder": changes.pop("folder", None), "plan": changes.pop("plan", None)}
+    goal = toy.toy_settings(layers, joint, **changes)
+    return distill(teacher or Counting(), toy.PLAN, toy.toy_data(), goal, **options)
+
+
+def figures(records):
+    return [(r.stage, r.step, r.loss, dict(r.losses), r.lr) for r in records if r.stage != "init"]
+
+
+def test_a_pass_serves_its_updates():
+    teacher = Counting()
+    records = figures(run(12, teacher))
+    assert len(records) == 12 and teacher.passes == 3
+    every = Counting()
+    figures(run(12, every, updates=1))
+    assert every.passes == 12
+
+
+def test_the_error_falls_further_for_the_same_passes():
+    def last(updates, steps):
+        teacher = Counting()
+        losses = [r.loss for r in run(steps, teacher, updates=updates)]
+        assert teacher.passes == 10
+        return sum(losses[-4:])
+
+    assert last(8, 80) < 0.8 * last(1, 10)
+
+
+@pytest.mark.parametrize("kept", [1.5, 3.5, 100])
+@pytest.mark.parametrize("stop", [1, 4, 7, 10])
+def test_resumed_among_its_updates_it_goes_on_bit_for_bit(tmp_path, stop, kept):
+    size = {"kept_gib": kept * PASS / GIB, "joint": 3}
+    whole = figures(run(13, **size))
+    with closing(run(13, folder=tmp_path, **size)) as records:
+        first = figures(islice(records, stop + 1))
+    assert len(first) == stop
+    assert [*first, *figures(run(13, folder=tmp_path, **size))] == whole
+
+
+def test_a_pass_that_is_too_large_is_not_kept_and_every_update_has_its_own():
+    teacher = Counting()
+    records = list(run(6, teacher, kept_gib=0.9 * PASS / GIB))
+    # One more, that was too large.
+    assert teacher.passes == 7
+    (said,) = [record.message for record in records if record.message]
+    assert "kept_gib" in said and "every update has its own" in said
+    assert figures(records) == figures(run(6, updates=1))
+
+
+def test_what_is_kept_is_what_the_teacher_showed():
+    teacher, site = toy.ToyTeacher(), "second"
+    generator = torch.Generator().manual_seed(0)
+    batch = draw(toy.toy_data(), teacher, generator, seed=0, batch=5, position=0, unconditional=0.1)
+    shown, again = [], []
+
+    def look(seen):
+        def visit(site, x, attend):
+            seen.append((site, x.float(), attend().float()))
+            return seen[-1][2]
+
+        return visit
+
+    teacher.predict(batch.x, batch.sigma, batch.conditions, look(shown))
+    kept = record(teacher, batch, 2, [site], 10**6)
+    replayed = KeptTeacher(kept, teacher.device)
+    for part in batch.parts(3):
+        replayed.predict(part.x, part.sigma, part.conditions, look(again))
+    expected = next((x, y) for name, x, y in shown if name == site)
+    assert {name for name, _, _ in again} == {site} and kept.bytes == 5 * PASS // 8
+    for at, whole in enumerate(expected, 1):
+        # To float16's resolution.
+        got = torch.cat([seen[at] for seen in again])
+        assert (got - whole).abs().max() <= 2**-10 * whole.abs().max()
+
+
+def test_a_map_beyond_half_precision_is_kept_in_its_range():
+    class Large(toy.ToyTeacher):
+        def _attention(self, layers, n):
+            return 1e6 * super()._attention(layers, n)
+
+    losses = figures(run(4, Large()))
+    assert all(torch.tensor(loss).isfinite() for _, _, loss, _, _ in losses)
+
+
+def test_a_pass_that_is_not_finite_is_met_once():
+    teacher = Counting()
+    teacher.blown = 2
+    said = [record.message for record in run(16, teacher)]
+    assert [at for at, message in enumerate(said) if "not finite" in message] == [5]
+
+
+def test_memory_that_runs_out_while_a_pass_is_kept_takes_smaller_parts():
+    teacher = Counting()
+    teacher.most_images = 2
+    records = list(run(5, teacher))
+    assert [r.message for r in records if r.message] == [
+        "out of memory: 2 images at a time from here on"
+    ]
+    whole = [r.loss for r in run(5)]
+    assert [r.loss for r in records] == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_pace_counts_the_share_of_a_pass():
+    class Slow(Counting):
+        def predict(self, *arguments):
+            time.sleep(0.2)
+            return super().predict(*arguments)
+
+    found = []
+
+    def plan(pace, current):
+        found.append(pace.layers)
+        return current
+
+    list(run(0, Slow(), plan=plan, updates=10))
+    list(run(0, Slow(), plan=plan, updates=1))
+    assert 0.02 < found[0] < 0.15 and found[1] > 0.2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(50, 200), st.data())
+def test_which_passes_are_kept_depends_on_the_newest_alone(sizes, most, data):
+    def passes():
+        ran = []
+
+        def compute(number):
+            ran.append(number)
+            return SimpleNamespace(bytes=sizes[number], number=number)
+
+        return KeptPasses(compute, most), ran
+
+    forward, ran = passes()
+    for newest in range(len(sizes)):
+        here = [kept.number for kept in forward.up_to(newest)]
+        assert here == list(range(newest, newest - len(here), -1))
+        assert sum(sizes[number] for number in here) <= most
+        # One more would not fit.
+        if (before := here[-1] - 1) >= 0:
+            assert sum(sizes[number] for number in (*here, before)) > most
+        resumed, _ = passes()
+        assert [kept.number for kept in resumed.up_to(newest)] == here
+    if len(set(sizes)) == 1:
+        # Equal ones run once each.
+        assert ran == list(range(len(sizes)))
+
+
+def test_the_newest_pass_comes_first_and_all_have_their_turn():
+    passes = [SimpleNamespace(finite=True, number=number) for number in (7, 6, 5)]
+    picked = [chosen(passes, step, 4, seed=0).number for step in range(200)]
+    assert picked[::4] == [7] * 50 and set(picked) == {5, 6, 7}
+    assert picked != [chosen(passes, step, 4, seed=1).number for step in range(200)]
+
+
+def test_settings_that_cannot_be_are_refused():
+    for wrong in ({"updates": 0}, {"kept_gib": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            replace(toy.toy_settings(), **wrong)
