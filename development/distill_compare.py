@@ -52,10 +52,8 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
 
     authors = partial(_authors, against)
     presets = {AUTHORS[against]: authors, "ours": _ours}
-    identity = {"minutes": minutes, "rates": list(RATES), "search": SEARCH}
-    settings = {name: preset((1, 1), 1.0, 0).to_mapping() for name, preset in presets.items()}
-    identity["settings"] = settings
-    results = _begun(output, identity)
+    settings = {name: preset((1, 1), 1.0, 0) for name, preset in presets.items()}
+    results = _begun(output, {"minutes": minutes, "rates": list(RATES), "search": SEARCH}, settings)
     teacher = load_teacher(Configuration(), authors((0, 1), 1.0, 0))
     with teacher:
         data = chosen_data(Configuration(), teacher)
@@ -73,11 +71,11 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
-        if "seconds" not in results:
-            results["seconds"] = _seconds_per_step(teacher, kernels, data, presets)
-            print(f"Seconds: {results['seconds']}", flush=True)
-            keep()
         for name, preset in presets.items():
+            if f"{name} joint" not in results["seconds"]:
+                results["seconds"] |= _seconds_per_step(teacher, kernels, data, name, preset)
+                print(f"Seconds: {results['seconds']}", flush=True)
+                keep()
 
             def train(rate, seed, share, name=name, preset=preset):
                 steps = _steps_within(minutes * 60 * share, name, results["seconds"])
@@ -107,14 +105,23 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     return results
 
 
-def _begun(output: Path, identity: dict) -> dict:
-    """What a stopped comparison of the same settings has found; `identity` alone where none."""
+def _begun(output: Path, identity: dict, settings: Mapping) -> dict:
+    """What a stopped comparison has found for recipes whose settings are the same."""
     try:
         found = json.loads(output.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return identity
-    same = isinstance(found, dict) and identity.items() <= found.items()
-    return found if same else identity
+        found = None
+    plain = {name: each.to_mapping() for name, each in settings.items()}
+    results = {**identity, "settings": plain, "seconds": {}}
+    if not (isinstance(found, dict) and identity.items() <= found.items()):
+        return results
+    before = found.get("settings", {})
+    # An entry that was added since is at its default there.
+    for name in (name for name in settings if settings[name].matches(before.get(name))):
+        results[name] = found.get(name, {})
+        pace = found.get("seconds", {}).items()
+        results["seconds"] |= {key: value for key, value in pace if key.startswith(f"{name} ")}
+    return results
 
 
 def _ours(steps: tuple[int, int], rate: float, seed: int):
@@ -148,17 +155,19 @@ def _steps_within(budget: float, name: str, pace: Mapping[str, float]) -> tuple[
     return int(rest / 2 / pace["ours layers"]), int(rest / 2 / pace["ours joint"])
 
 
-def _seconds_per_step(teacher, kernels, data, presets) -> dict[str, float]:
-    """Seconds of the initialization and of one step of each stage, after two to warm up."""
+def _seconds_per_step(teacher, kernels, data, name: str, preset) -> dict[str, float]:
+    """Seconds of the initialization and of a step of each stage, after a pass to warm up."""
     from ..deltaconv.distillation import distill
 
     seconds = {}
-    for name, preset in presets.items():
-        settings = preset((5 if name == "ours" else 0, 5), 1.0, 0)
-        for record in distill(teacher, kernels, data, settings):
-            if record.stage == "init" or record.step > 2:
-                seconds.setdefault(f"{name} {record.stage}", []).append(record.seconds)
-    return {name: mean(values) for name, values in seconds.items()}
+    warm = max(2, preset((0, 1), 1.0, 0).updates)
+    # As many layer steps as two passes of the base serve.
+    steps = 2 * warm if name == "ours" else 0
+    for record in distill(teacher, kernels, data, preset((steps, 5), 1.0, 0)):
+        after = warm if record.stage == "layers" else 2
+        if record.stage == "init" or record.step > after:
+            seconds.setdefault(f"{name} {record.stage}", []).append(record.seconds)
+    return {stage: mean(values) for stage, values in seconds.items()}
 
 
 def _train(teacher, kernels, data, settings) -> dict:

@@ -71,7 +71,7 @@ class LivePreview:
         self._say(self.at)
 
     def show(self, record: Record) -> None:
-        """Advance the bar; draw the student's samples every `every` steps."""
+        """Advance the bar, with the student's samples every `every` steps; raises if interrupted."""
         settings = record.settings
         total = 1 + settings.layers.steps + settings.joint.steps
         done = 1 + record.step if record.stage == "layers" else record.step
@@ -92,6 +92,9 @@ class LivePreview:
             preview = self._preview(record, text)
         self._move(done, total, preview)
         self._say(text, at_once=ended)
+        if not ended:
+            # A step that learns from kept passes calls no model, which would ask.
+            comfy.model_management.throw_exception_if_processing_interrupted()
 
     def stopped(self, error: BaseException, saved: int | None) -> None:
         """Show where it stopped, what is saved, and how to go on.

@@ -56,14 +56,25 @@ def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsy
         assert words in said
 
 
-def test_a_stopped_comparison_goes_on_with_its_own_settings_alone(tmp_path):
-    file, identity = tmp_path / "compare.json", {"minutes": 10.0, "settings": {"ours": {"lr": 1}}}
-    assert _begun(file, identity) == identity
-    found = {**identity, "ours": {"runs": [1]}}
+def test_a_stopped_comparison_goes_on_with_recipes_of_the_same_settings(tmp_path):
+    file, identity = tmp_path / "compare.json", {"minutes": 10.0}
+    recipes = {"theirs": PRESETS["paper"](), "ours": PRESETS["default"]()}
+    plain = {name: each.to_mapping() for name, each in recipes.items()}
+    fresh = {**identity, "settings": plain, "seconds": {}}
+    assert _begun(file, identity, recipes) == fresh
+    # As before there was a setting: its default counts.
+    older = {**plain["theirs"]}
+    del older["updates"]
+    runs = {"theirs": {"runs": [1]}, "ours": {"runs": [2]}}
+    seconds = {"theirs joint": 5.0, "ours joint": 6.0}
+    found = {**identity, "settings": {**plain, "theirs": older}, "seconds": seconds, **runs}
     file.write_text(json.dumps(found), encoding="utf-8")
-    assert _begun(file, identity) == found
-    other = {**identity, "settings": {"ours": {"lr": 2}}}
-    assert _begun(file, other) == other
+    assert _begun(file, identity, recipes) == {**fresh, "seconds": seconds, **runs}
+    changed = {**recipes, "ours": PRESETS["default"](updates=3)}
+    begun = _begun(file, identity, changed)
+    assert begun["theirs"] == runs["theirs"] and "ours" not in begun
+    assert begun["seconds"] == {"theirs joint": 5.0}
+    assert "theirs" not in _begun(file, {"minutes": 5.0}, recipes)
     for broken in ("", "[]", "{", "3"):
         file.write_text(broken, encoding="utf-8")
-        assert _begun(file, identity) == identity
+        assert _begun(file, identity, recipes) == fresh
