@@ -106,8 +106,15 @@ class KeptPasses:
     def up_to(self, newest: int) -> list[Kept]:
         """The newest pass and those before it that fit beside it; empty where it does not fit."""
         if newest != next(iter(self.kept), None):
+            self._make_room(self.sizes.get(newest - 1, 0))
             self.kept = dict(self._back_from(newest))
         return list(self.kept.values())
+
+    def _make_room(self, expected: int) -> None:
+        """Let the oldest go before the next one, as large as that before it, is run."""
+        while self.kept and sum(kept.bytes for kept in self.kept.values()) + expected > self.most:
+            # The last, since the newest stands first.
+            self.kept.popitem()
 
     def _back_from(self, newest: int) -> Iterator[tuple[int, Kept]]:
         left = self.most

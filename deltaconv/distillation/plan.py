@@ -7,8 +7,8 @@ from math import isfinite
 from .settings import DistillationSettings, StageSettings
 
 _MOST_STEPS = 10**6
-# Fewer joint steps move away from the least squares' solution and do not come back: on the demo
-# model's pictures, PSNR 22.9 dB before and 22.5 after 40 layer and 18 joint steps.
+# Fewer joint steps bring less than layer steps of the same time: with blocks in three layers of the
+# demo model, its pictures' PSNR was 24.05 dB after the layers stage and 23.8 after 40 joint steps.
 FEWEST_JOINT = 100
 
 

@@ -199,3 +199,16 @@ def test_settings_that_cannot_be_are_refused():
     for wrong in ({"updates": 0}, {"kept_gib": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             replace(toy.toy_settings(), **wrong)
+
+
+def test_no_more_is_held_at_once_than_may_be():
+    held = []
+
+    def compute(number):
+        held.append(sum(kept.bytes for kept in passes.kept.values()) + 10)
+        return SimpleNamespace(bytes=10, number=number)
+
+    passes = KeptPasses(compute, 35)
+    for newest in range(8):
+        passes.up_to(newest)
+    assert held == [10, 20, 30, 30, 30, 30, 30, 30]
