@@ -28,6 +28,8 @@ STAGE = {
 SETTINGS = {
     "init": "random",
     "init_images": 8,
+    "updates": 1,
+    "kept_gib": 2.0,
     "layers": {"steps": 6, **STAGE, "lr": 3e-3},
     "joint": {"steps": 5, **STAGE},
     "losses": {"noise": 0.5, "teacher": 1.0, "features": 0.001},
@@ -61,7 +63,7 @@ PROGRESS = {
 }
 # What states from before there was a choice of layers and steps lack.
 SINCE = ("replaced", "start")
-SETTINGS_SINCE = ("guidance", "start")
+SETTINGS_SINCE = ("guidance", "start", "updates", "kept_gib")
 IDENTITY = {
     "base": "toy-0",
     "recipe": {"gate": "scaled", "first": [5, [1.0, 0.5]], "second": [3, [1.0]]},
