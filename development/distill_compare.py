@@ -148,11 +148,16 @@ def _stage(stage, steps: int, lr: float):
 
 
 def _steps_within(budget: float, name: str, pace: Mapping[str, float]) -> tuple[int, int]:
-    """Layer and joint steps: of ours, as long in all each, after the initialization."""
+    """Layer and joint steps: of ours, what a user's minutes give after the initialization."""
+    from ..deltaconv.distillation import default_settings
+    from ..deltaconv.distillation.plan import Pace, steps_within, with_steps
+
     if name != "ours":
         return 0, int(budget / pace[f"{name} joint"])
+    measured = Pace(pace["ours layers"], pace["ours joint"])
     rest = max(0.0, budget - pace["ours init"])
-    return int(rest / 2 / pace["ours layers"]), int(rest / 2 / pace["ours joint"])
+    planned = steps_within(with_steps(default_settings(), 0, 0), measured, rest)
+    return planned.layers.steps, planned.joint.steps
 
 
 def _seconds_per_step(teacher, kernels, data, name: str, preset) -> dict[str, float]:

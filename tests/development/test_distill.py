@@ -23,6 +23,14 @@ def test_a_comparison_trains_with_the_preset_that_it_names(preset):
     assert _steps_within(60, name, {f"{name} joint": 2.0}) == (0, 30)
 
 
+def test_ours_takes_the_steps_that_a_users_minutes_give():
+    pace = {"ours init": 100.0, "ours layers": 0.5, "ours joint": 5.0}
+    # Too few joint steps are none.
+    assert _steps_within(600, "ours", pace) == (1000, 0)
+    assert _steps_within(1200, "ours", pace) == (1100, 110)
+    assert _steps_within(50, "ours", pace) == (0, 0)
+
+
 @pytest.mark.parametrize("seconds", [0.005, 0.5, 5.0, 60.0])
 def test_the_demo_plans_its_work_by_the_machines_pace(seconds):
     """A fifth for pictures, an eighth for the initialization."""
