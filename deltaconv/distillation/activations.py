@@ -22,21 +22,28 @@ class Kept(NamedTuple):
     """One pass: its batch, and site → x, y [B, H, W, C] each in 16 bits in main memory."""
 
     batch: Batch
+    # Of the whole batch, which many processes share.
+    images: int
     # False where a map is not finite: it is gone over once, for the guard to say so.
     finite: bool
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     @property
     def bytes(self) -> int:
-        """What its maps take."""
-        return sum(each.nbytes for pair in self.maps.values() for each in pair)
+        """What the maps of the whole batch take: the same for every process."""
+        here = sum(each.nbytes for pair in self.maps.values() for each in pair)
+        return here // len(self.batch) * self.images
 
 
 def record(
-    teacher: Teacher, batch: Batch, parts: int, sites: Collection[str], most: float
+    teacher: Teacher, batch: Batch, images: int, parts: int, sites: Collection[str], most: float
 ) -> Kept | None:
-    """What the layers of `sites` see and give for `batch`; None beyond `most` bytes."""
+    """What the layers of `sites` see and give for `batch`, this process's share of `images`.
+
+    None where it is beyond `most` bytes for all images.
+    """
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {site: [] for site in sites}
+    most *= len(batch) / images
     taken, finite = 0, True
 
     def visit(site, x, attend):
@@ -54,7 +61,7 @@ def record(
             teacher.predict(part.x, part.sigma, part.conditions, visit)
         if taken > most:
             return None
-    return Kept(batch, finite, {site: _joined(pairs) for site, pairs in found.items()})
+    return Kept(batch, images, finite, {site: _joined(pairs) for site, pairs in found.items()})
 
 
 def _stored(x: torch.Tensor) -> torch.Tensor:

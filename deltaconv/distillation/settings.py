@@ -103,8 +103,8 @@ class DistillationSettings:
     init: Init = "informed"
     # Images of the teacher's activations that the initialization and refits regress on.
     init_images: Annotated[Int, Field(ge=2, le=1_000_000)] = 128
-    # Updates of the layers stage for every pass of the teacher. Above 1 its last passes are kept, as
-    # many as fit into `kept_gib` of main memory (activations.py).
+    # Updates of the layers stage for every pass of the teacher. Above 1 its last passes are kept,
+    # as many as fit into `kept_gib` of main memory, of all processes together (activations.py).
     updates: Annotated[Int, Field(ge=1, le=10_000)] = 1
     kept_gib: Annotated[Float, Field(ge=0, le=10_000)] = 2.0
     layers: StageSettings = field(default_factory=StageSettings)

@@ -348,9 +348,12 @@ class _Run:
             generator = torch.Generator().manual_seed((settings.seed ^ 0xAC7) + number)
             batch = self._draw(data, stage, generator, number)
             sites = self.training.student.blocks.keys()
-            return self._within_memory(
-                stage, lambda: record(self.teacher, batch, self.memory.parts(stage), sites, most)
-            )
+
+            def keep() -> Kept | None:
+                parts = self.memory.parts(stage)
+                return record(self.teacher, batch, stage.batch, parts, sites, most)
+
+            return self._within_memory(stage, keep)
 
         return KeptPasses(run, most) if settings.updates > 1 else None
 

@@ -71,7 +71,7 @@ class LivePreview:
         self._say(self.at)
 
     def show(self, record: Record) -> None:
-        """Advance the bar, with the student's samples every `every` steps; raises if interrupted."""
+        """Advance the bar, and draw samples every `every` steps; raises if interrupted."""
         settings = record.settings
         total = 1 + settings.layers.steps + settings.joint.steps
         done = 1 + record.step if record.stage == "layers" else record.step

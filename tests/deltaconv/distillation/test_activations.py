@@ -105,7 +105,7 @@ def test_what_is_kept_is_what_the_teacher_showed():
         return visit
 
     teacher.predict(batch.x, batch.sigma, batch.conditions, look(shown))
-    kept = record(teacher, batch, 2, [site], 10**6)
+    kept = record(teacher, batch, 5, 2, [site], 10**6)
     replayed = KeptTeacher(kept, teacher.device)
     for part in batch.parts(3):
         replayed.predict(part.x, part.sigma, part.conditions, look(again))
@@ -115,6 +115,17 @@ def test_what_is_kept_is_what_the_teacher_showed():
         # To float16's resolution.
         got = torch.cat([seen[at] for seen in again])
         assert (got - whole).abs().max() <= 2**-10 * whole.abs().max()
+
+
+def test_every_process_counts_the_whole_batch():
+    teacher, whole = toy.ToyTeacher(), []
+    for rows in ([0], [1, 2], range(8)):
+        generator = torch.Generator().manual_seed(0)
+        arguments = {"seed": 0, "batch": 8, "position": 0, "unconditional": 0.1, "rows": rows}
+        batch = draw(toy.toy_data(), teacher, generator, **arguments)
+        whole.append(record(teacher, batch, 8, 1, toy.PLAN, 2 * PASS).bytes)
+        assert record(teacher, batch, 8, 1, toy.PLAN, 2 * PASS - 1) is None
+    assert whole == [2 * PASS] * 3
 
 
 def test_a_map_beyond_half_precision_is_kept_in_its_range():

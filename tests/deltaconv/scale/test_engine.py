@@ -91,7 +91,8 @@ def test_the_engine_of_one_process_takes_its_steps_and_says_where_memory_ends(up
         (4, {"losses": OTHER, "accumulate": 2, "min_snr": 5.0}),
         # Shares of one and two images.
         (3, {"losses": DEFAULT, "accumulate": 2}),
-        (2, {"losses": DEFAULT, "updates": 4}),
+        (2, {"losses": DEFAULT, "updates": 4, "kept_gib": 5e-4}),
+        (3, {"losses": DEFAULT, "updates": 2, "kept_gib": 5e-4}),
     ],
 )
 def test_many_processes_have_the_losses_of_one(tmp_path, start_toy, count, entries):
