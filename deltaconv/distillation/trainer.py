@@ -327,7 +327,10 @@ class _Run:
         return self.memory.run(stage, compute) if self.engine.alone else compute()
 
     def _kept(self, step: int) -> Kept | None:
-        """The pass that this update of the layers stage goes over; None where none can be kept."""
+        """The pass that this update of the layers stage goes over.
+
+        None from the first one on that does not fit; a run that is resumed looks anew.
+        """
         settings = self.settings
         if self.passes and (passes := self.passes.up_to(step // settings.updates)):
             return chosen(passes, step, settings.updates, settings.seed)
@@ -335,7 +338,7 @@ class _Run:
             self.passes = None
             self.notes.append(
                 f"a pass of the base takes more than kept_gib, {settings.kept_gib:g} GiB: every "
-                "update has its own"
+                "update has its own; a smaller batch may fit"
             )
         return None
 
