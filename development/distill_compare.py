@@ -165,11 +165,12 @@ def _seconds_per_step(teacher, kernels, data, name: str, preset) -> dict[str, fl
     from ..deltaconv.distillation import distill
 
     seconds = {}
-    warm = max(2, preset((0, 1), 1.0, 0).updates)
-    # As many layer steps as two passes of the base serve.
-    steps = 2 * warm if name == "ours" else 0
-    for record in distill(teacher, kernels, data, preset((steps, 5), 1.0, 0)):
-        after = warm if record.stage == "layers" else 2
+    settings = preset((0, 1), 1.0, 0)
+    layers, joint = (max(2, stage.updates) for stage in (settings.layers, settings.joint))
+    # As many steps as two passes of the base serve.
+    steps = (2 * layers if name == "ours" else 0, max(5, 2 * joint))
+    for record in distill(teacher, kernels, data, preset(steps, 1.0, 0)):
+        after = layers if record.stage == "layers" else joint
         if record.stage == "init" or record.step > after:
             seconds.setdefault(f"{name} {record.stage}", []).append(record.seconds)
     return {stage: mean(values) for stage, values in seconds.items()}

@@ -118,15 +118,14 @@ def measured(name: str, batch: int, steps: int) -> dict[str, object]:
     data, model = random_data(name, 4 * batch)
     teacher = ComfyTeacher(model, differentiable=True, name=name)
     cuda = teacher.device.type == "cuda"
-    stage = {"batch": batch, "warmup": 0}
+    # Every step its own pass of the teacher: what keeping it brings is computed below.
+    stage = {"batch": batch, "warmup": 0, "updates": 1}
     settings = default_settings(
         init="random",
         precision="bfloat16" if cuda else "float32",
         checkpointing=cuda,
         layers=StageSettings(steps, **stage),
         joint=StageSettings(steps, **stage),
-        # Every step its own pass of the teacher: what keeping it brings is computed below.
-        updates=1,
     )
     seconds: dict[str, list[float]] = {"layers": [], "joint": []}
     peaks: dict[str, int] = {}

@@ -1,40 +1,77 @@
-"""What layers saw and gave in the teacher's last passes, so that every pass serves many updates.
+"""What the teacher showed in its last passes, so that every pass serves several updates.
 
-A pass of the teacher takes several times as long as an update of all blocks in the layers stage.
-Each block learns from its own layer's map and output alone, so both are kept, and updates go over
-the kept passes again: the newest one first, as it comes, then any.
+A pass of the teacher takes several times as long as an update of all blocks in the layers stage,
+and about as long as one of the joint stage. Blocks learn from what it showed alone: each from its
+own layer's map and output, all together from hidden states and the prediction. So these are kept,
+and updates go over the kept passes again: the newest one first, as it comes, then any.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
+from einops import rearrange
 
 from .data import Batch
-from .teacher import Teacher, Visit
+from .losses import compares_features
+from .settings import DistillationSettings
+from .teacher import Prediction, Teacher, Visit
 
 # Beyond it float16 has no numbers.
 _HALF = 65504.0
 
 
 class Kept(NamedTuple):
-    """One pass: its batch, and site → x, y [B, H, W, C] each in 16 bits in main memory."""
+    """One pass: its batch, and for the layers stage site → x, y [B, H, W, C] each.
+
+    Maps are kept in 16 bits in main memory. The joint stage's are those of the batch itself.
+    """
 
     batch: Batch
     # Of the whole batch, which many processes share.
     images: int
     # False where a map is not finite: it is gone over once, for the guard to say so.
     finite: bool
-    maps: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    maps: Mapping[str, tuple[torch.Tensor, ...]]
 
     @property
     def bytes(self) -> int:
         """What the maps of the whole batch take: the same for every process."""
         here = sum(each.nbytes for pair in self.maps.values() for each in pair)
-        return here // len(self.batch) * self.images
+        return (here + self.batch.nbytes) // len(self.batch) * self.images
 
 
+class _Maps:
+    """Maps of a pass by site, as many of each as are given together, up to `most` bytes."""
+
+    def __init__(self, most: float):
+        self.left, self.finite = most, True
+        self.found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether there was more."""
+        return self.left < 0
+
+    def add(self, site: str, *maps: torch.Tensor) -> None:
+        """Keep a part's maps [B, …]; parts come in order."""
+        if not self.full:
+            stored = tuple(map(_stored, maps))
+            self.left -= sum(each.nbytes for each in stored)
+            self.finite = self.finite and all(each.isfinite().all() for each in stored)
+            self.found.setdefault(site, []).append(stored)
+
+    def joined(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Site → the whole batch's maps."""
+        return {
+            site: tuple(map(torch.cat, zip(*parts, strict=True)))
+            for site, parts in self.found.items()
+        }
+
+
+@torch.no_grad()
 def record(
     teacher: Teacher, batch: Batch, images: int, parts: int, sites: Collection[str], most: float
 ) -> Kept | None:
@@ -42,26 +79,60 @@ def record(
 
     None where it is beyond `most` bytes for all images.
     """
-    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {site: [] for site in sites}
-    most *= len(batch) / images
-    taken, finite = 0, True
+    maps = _Maps(most * len(batch) / images - batch.nbytes)
 
     def visit(site, x, attend):
-        nonlocal taken, finite
         y = attend()
-        if site in found and taken <= most:
-            pair = _stored(x), _stored(y)
-            taken += sum(each.nbytes for each in pair)
-            finite = finite and all(each.isfinite().all() for each in pair)
-            found[site].append(pair)
+        if site in sites:
+            maps.add(site, x, y)
         return y
 
     for part in batch.parts(parts):
-        with torch.no_grad():
-            teacher.predict(part.x, part.sigma, part.conditions, visit)
-        if taken > most:
+        teacher.predict(part.x, part.sigma, part.conditions, visit)
+        if maps.full:
             return None
-    return Kept(batch, images, finite, {site: _joined(pairs) for site, pairs in found.items()})
+    return Kept(batch, images, maps.finite, maps.joined())
+
+
+@torch.no_grad()
+def record_joint(
+    teacher: Teacher,
+    batch: Batch,
+    images: int,
+    parts: int,
+    sites: Collection[str],
+    most: float,
+    settings: DistillationSettings,
+) -> Kept | None:
+    """`batch` with what the joint losses of `settings` compare with; otherwise as `record`."""
+    by_feature, guided = compares_features(settings), bool(settings.losses.get("guided"))
+    if batch.predicted and not by_feature:
+        return Kept(batch, images, True, {})
+    ways = 2 if guided else 1
+    maps, predicted = _Maps(most * len(batch) / images - batch.nbytes), []
+    for part in batch.parts(parts):
+        each = part.both_ways() if guided else part
+        states: dict[str, torch.Tensor] = {}
+        eps = teacher.predict(
+            each.x, each.sigma, each.conditions, None, states if by_feature else None
+        )
+        maps.left -= eps.nbytes
+        predicted.append(_by_image(eps, ways))
+        for site, h in states.items():
+            if site in sites:
+                maps.add(site, _by_image(h, ways))
+        if maps.full:
+            return None
+    eps = torch.cat(predicted)
+    finite = maps.finite and bool(eps.isfinite().all())
+    hidden = {site: h for site, (h,) in maps.joined().items()}
+    known = replace(batch, predicted=Prediction(eps[:, 0], eps[:, -1]), hidden=hidden)
+    return Kept(known, images, finite, {})
+
+
+def _by_image(x: torch.Tensor, ways: int) -> torch.Tensor:
+    """[ways · B, …] → [B, ways, …]."""
+    return rearrange(x, "(ways b) ... -> b ways ...", ways=ways)
 
 
 def _stored(x: torch.Tensor) -> torch.Tensor:
@@ -70,11 +141,6 @@ def _stored(x: torch.Tensor) -> torch.Tensor:
         half = small.abs().amax() < _HALF
         small = small.to(torch.float16 if half else torch.bfloat16)
     return small.to("cpu", copy=True)
-
-
-def _joined(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = zip(*pairs, strict=True)
-    return torch.cat(x), torch.cat(y)
 
 
 class KeptTeacher:

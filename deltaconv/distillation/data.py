@@ -1,6 +1,6 @@
 """Training data: latents with conditions; seed and position determine every draw."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,9 @@ from .teacher import Condition, Prediction, Teacher
 class Batch:
     """x [B, C, H, W] at sigma [B]; ε is the noise in it. All on the teacher's device.
 
-    `predicted` is what the teacher said there, where its own sampling was kept for all of them.
+    `predicted` is what the teacher said there, where that was kept for all of them. `hidden` is,
+    by site, the state h [B, ways, …] after the residual add, kept in 16 bits in main memory: one
+    way, each image under its condition, or two, with it and without.
     """
 
     x: torch.Tensor
@@ -23,6 +25,13 @@ class Batch:
     conditions: list[Condition]
     unconditional: Condition
     predicted: Prediction | None = None
+    hidden: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What its maps take."""
+        maps = [self.x, self.noise, *(self.predicted or ()), *(self.hidden or {}).values()]
+        return sum(each.nbytes for each in maps)
 
     def parts(self, count: int) -> Iterator["Batch"]:
         """The images in at most `count` parts, equally large but for the last."""
@@ -41,6 +50,7 @@ class Batch:
                 self.conditions[rows],
                 self.unconditional,
                 self.predicted and Prediction(*(half[rows] for half in self.predicted)),
+                self.hidden and {site: h[rows] for site, h in self.hidden.items()},
             )
 
     def both_ways(self) -> "Batch":

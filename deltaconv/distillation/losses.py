@@ -5,6 +5,7 @@ from functools import reduce
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from .data import Batch
 from .settings import DistillationSettings, Loss
@@ -95,6 +96,11 @@ def batch_losses(
     return {name: float(total) for name, total in totals.items()}
 
 
+def compares_features(settings: DistillationSettings) -> bool:
+    """Whether the joint stage needs the teacher's hidden states."""
+    return any(settings.losses.get(name) for name in ("features", "normalised_features"))
+
+
 def joint_losses(
     teacher: Teacher,
     student: Student,
@@ -115,11 +121,13 @@ def joint_losses(
     all of it for those in what is here.
     """
     weights = {name: weight for name, weight in settings.losses.items() if weight}
-    by_feature = bool(weights.keys() & {"features", "normalised_features"})
-    known = None if by_feature else batch.predicted
+    by_feature = compares_features(settings)
+    known = batch.predicted if batch.hidden or not by_feature else None
+    goal: Losses = {
+        site: rearrange(h, "b ways ... -> (ways b) ...") for site, h in (batch.hidden or {}).items()
+    }
     if "guided" in weights:
         batch = batch.both_ways()
-    goal: Losses = {}
     own: Losses = {}
     inputs = (batch.x, batch.sigma, batch.conditions)
     if known is None:
@@ -142,11 +150,13 @@ def joint_losses(
         if by_feature:
             # The blocks' sites alone: other sites' states differ only through earlier blocks.
             sites = [site for site in goal if site in student.blocks]
-            errors = {site: F.mse_loss(own[site].float(), goal[site].float()) for site in sites}
+            # Kept ones are in main memory.
+            goal = {site: goal[site].to(own[site].device, torch.float32) for site in sites}
+            errors = {site: F.mse_loss(own[site].float(), goal[site]) for site in sites}
             if "features" in weights:
                 losses["features"] = weights["features"] * _sum(errors.values())
             if "normalised_features" in weights:
-                powers = [goal[site].float().square().mean() for site in sites]
+                powers = [goal[site].square().mean() for site in sites]
                 if pooled:
                     powers = list(pooled(torch.stack(powers)))
                 relative = [

@@ -29,10 +29,9 @@ def default_settings(**changes: Any) -> DistillationSettings:
     1e-3 undid the least-squares solution, and the features made little difference.
     """
     settings = DistillationSettings(
-        layers=StageSettings(300, lr=1e-3),
-        joint=StageSettings(300, lr=3e-4),
+        layers=StageSettings(300, lr=1e-3, updates=8),
+        joint=StageSettings(300, lr=3e-4, updates=4),
         losses={"teacher": 1.0, "normalised_features": 0.3},
-        updates=8,
     )
     return replace(settings, **changes)
 

@@ -56,6 +56,9 @@ class StageSettings:
     warmup: Annotated[Count, Field(le=10**8)] = 20
     batch: Annotated[Int, Field(ge=1, le=10**5)] = 8
     accumulate: Annotated[Int, Field(ge=1)] = 1
+    # Updates for every pass of the teacher. Above 1 its last passes are kept, as many as fit into
+    # `kept_gib`, and updates go over them again.
+    updates: Annotated[Int, Field(ge=1, le=10_000)] = 1
     clip: Annotated[Float, Field(ge=1e-12, le=1e12)] = 1.0
     weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.0
     # What weight_decay acts on: every tensor, or the weights of Linears without biases and kernels.
@@ -103,9 +106,7 @@ class DistillationSettings:
     init: Init = "informed"
     # Images of the teacher's activations that the initialization and refits regress on.
     init_images: Annotated[Int, Field(ge=2, le=1_000_000)] = 128
-    # Updates of the layers stage for every pass of the teacher. Above 1 its last passes are kept,
-    # as many as fit into `kept_gib` of main memory, of all processes together (activations.py).
-    updates: Annotated[Int, Field(ge=1, le=10_000)] = 1
+    # Main memory for the teacher's last passes, of all processes together (activations.py).
     kept_gib: Annotated[Float, Field(ge=0, le=10_000)] = 2.0
     layers: StageSettings = field(default_factory=StageSettings)
     joint: StageSettings = field(default_factory=StageSettings)

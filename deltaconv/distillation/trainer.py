@@ -14,7 +14,7 @@ import torch
 from ..block import DeltaConvBlock
 from ..geometry import BlockPlan
 from ..weights.model import DeltaConvWeights
-from .activations import Kept, KeptPasses, KeptTeacher, chosen, record
+from .activations import Kept, KeptPasses, KeptTeacher, chosen, record, record_joint
 from .checkpoint import Checkpoints
 from .data import Batch, Dataset, draw
 from .engine import Engine
@@ -36,6 +36,8 @@ from .teacher import Teacher
 from .training import Training
 
 _T = TypeVar("_T")
+# Apart from the training's own, for kept passes: the noise of a pass follows from its number.
+_SEEDS: dict[StageName, int] = {"layers": 0xAC7, "joint": 0x901}
 
 Change = Callable[[Mapping[str, DeltaConvBlock]], dict[str, float]]
 # Initialized blocks → the sites that keep theirs, and the share of sampling from which they act.
@@ -129,7 +131,7 @@ class _Run:
         # Said with the next record.
         self.notes: list[str] = []
         self.memory = MemoryPolicy(teacher.device, self.notes.append)
-        # Of the layers stage, where a pass of the teacher serves several updates.
+        # Of the stage, where a pass of the teacher serves several updates.
         self.passes: KeptPasses | None = None
         self.initialized = self.yielded = False
         if state := checkpoints.load(training.shapes):
@@ -166,9 +168,7 @@ class _Run:
             if self.plan and self.done:
                 yield self._plan(data, self.plan)
             if training.stage == "layers":
-                self.passes = self._passes(data)
                 yield from self._train(data)
-                self.passes = None
                 self._end_layers(data)
             if training.stage == "joint":
                 self.teacher.checkpointing(self.settings.checkpointing)
@@ -226,7 +226,7 @@ class _Run:
 
     def _pace(self, data: Dataset) -> Pace:
         """Seconds of the second of two steps of each stage, which change nothing."""
-        training, updates = self.training, self.settings.updates
+        training = self.training
         state = training.generator.get_state()
         seconds: dict[StageName, float] = {"layers": inf, "joint": inf}
 
@@ -242,10 +242,11 @@ class _Run:
                     continue
                 self.teacher.checkpointing(joint and self.settings.checkpointing)
                 for _ in range(2):
-                    self.passes = None if joint else self._passes(data)
+                    self.passes = self._passes(data, stage)
                     seconds[stage] = timed(stage)
                 if self.passes:
                     # The step before had a pass of the teacher in it, which serves several.
+                    updates = self.settings.stage(stage).updates
                     seconds[stage] += (updates - 1) * timed(stage)
                     seconds[stage] /= updates
         finally:
@@ -258,6 +259,7 @@ class _Run:
     def _train(self, data: Dataset) -> Iterator[Record]:
         training = self.training
         joint, stage = training.stage == "joint", self.settings.stage(training.stage)
+        self.passes = self._passes(data, training.stage)
         while training.step < stage.steps:
             started = time.monotonic()
             losses = self._losses(data, training.stage, training.step)
@@ -277,6 +279,7 @@ class _Run:
                 images=stage.batch,
                 saved=saved,
             )
+        self.passes = None
 
     def _end_layers(self, data: Dataset) -> None:
         layers = self.settings.layers
@@ -306,7 +309,7 @@ class _Run:
     def _losses(self, data: Dataset, stage: StageName, step: int) -> dict[str, float]:
         """The losses of this step's batch, and their gradients."""
         training, settings = self.training, self.settings.stage(stage)
-        kept = self._kept(step) if stage == "layers" and self.passes else None
+        kept = self._kept(settings.updates, step)
         if kept is None:
             batch = self._draw(data, settings, training.generator, training.position)
         else:
@@ -315,7 +318,7 @@ class _Run:
         def losses() -> dict[str, float]:
             training.optimizer.zero()
             teacher = self.teacher
-            if kept is not None:
+            if kept is not None and stage == "layers":
                 teacher = KeptTeacher(kept, self.teacher.device).as_teacher()
             parts = self.memory.parts(settings)
             return self.engine.losses(teacher, training, batch, parts, stage == "joint")
@@ -326,14 +329,14 @@ class _Run:
         # Others could not know that this process takes smaller parts.
         return self.memory.run(stage, compute) if self.engine.alone else compute()
 
-    def _kept(self, step: int) -> Kept | None:
-        """The pass that this update of the layers stage goes over.
+    def _kept(self, updates: int, step: int) -> Kept | None:
+        """The pass that this update of the stage goes over, None where it has its own.
 
-        None from the first one on that does not fit; a run that is resumed looks anew.
+        So it is from the first one on that does not fit; a run that is resumed looks anew.
         """
         settings = self.settings
-        if self.passes and (passes := self.passes.up_to(step // settings.updates)):
-            return chosen(passes, step, settings.updates, settings.seed)
+        if self.passes and (passes := self.passes.up_to(step // updates)):
+            return chosen(passes, step, updates, settings.seed)
         if self.passes:
             self.passes = None
             self.notes.append(
@@ -342,23 +345,26 @@ class _Run:
             )
         return None
 
-    def _passes(self, data: Dataset) -> KeptPasses | None:
-        """Of the layers stage; None where every update has its own."""
-        stage, settings = self.settings.layers, self.settings
+    def _passes(self, data: Dataset, name: StageName) -> KeptPasses | None:
+        """Of this stage; None where every update has its own."""
+        stage, settings = self.settings.stage(name), self.settings
         most = settings.kept_gib * 2**30
+        sites = self.training.student.blocks.keys()
+        layers = settings.layers
+        # The joint stage goes on with the images behind those of the layers stage.
+        first = -(-layers.steps // layers.updates) if name == "joint" else 0
 
         def run(number: int) -> Kept | None:
-            generator = torch.Generator().manual_seed((settings.seed ^ 0xAC7) + number)
-            batch = self._draw(data, stage, generator, number)
-            sites = self.training.student.blocks.keys()
+            generator = torch.Generator().manual_seed((settings.seed ^ _SEEDS[name]) + number)
+            batch = self._draw(data, stage, generator, first + number)
 
             def keep() -> Kept | None:
-                parts = self.memory.parts(stage)
-                return record(self.teacher, batch, stage.batch, parts, sites, most)
+                shared = (self.teacher, batch, stage.batch, self.memory.parts(stage), sites, most)
+                return record(*shared) if name == "layers" else record_joint(*shared, settings)
 
             return self._within_memory(stage, keep)
 
-        return KeptPasses(run, most) if settings.updates > 1 else None
+        return KeptPasses(run, most) if stage.updates > 1 else None
 
     def _replay(self, data: Dataset):
         layers = self.settings.layers

@@ -72,13 +72,13 @@ def test_a_stopped_comparison_goes_on_with_recipes_of_the_same_settings(tmp_path
     assert _begun(file, identity, recipes) == fresh
     # As before there was a setting: its default counts.
     older = {**plain["theirs"]}
-    del older["updates"]
+    del older["kept_gib"]
     runs = {"theirs": {"runs": [1]}, "ours": {"runs": [2]}}
     seconds = {"theirs joint": 5.0, "ours joint": 6.0}
     found = {**identity, "settings": {**plain, "theirs": older}, "seconds": seconds, **runs}
     file.write_text(json.dumps(found), encoding="utf-8")
     assert _begun(file, identity, recipes) == {**fresh, "seconds": seconds, **runs}
-    changed = {**recipes, "ours": PRESETS["default"](updates=3)}
+    changed = {**recipes, "ours": PRESETS["default"](init_images=3)}
     begun = _begun(file, identity, changed)
     assert begun["theirs"] == runs["theirs"] and "ours" not in begun
     assert begun["seconds"] == {"theirs joint": 5.0}

@@ -107,9 +107,11 @@ def toy_data(count: int = 24) -> Dataset:
     return Dataset(list(latents), list(conditions), torch.zeros(CHANNELS))
 
 
-def toy_settings(layers: int = 6, joint: int = 5, **changes) -> DistillationSettings:
+def toy_settings(
+    layers: int = 6, joint: int = 5, updates: int = 1, **changes
+) -> DistillationSettings:
     """Short stages that save every second step."""
-    stage = {"warmup": 2, "batch": 4}
+    stage = {"warmup": 2, "batch": 4, "updates": updates}
     defaults = {
         "layers": StageSettings(layers, **stage),
         "joint": StageSettings(joint, lr=1e-3, **stage),

@@ -1,4 +1,4 @@
-"""Passes of the teacher that serve several updates of the layers stage."""
+"""Passes of the teacher that serve several updates."""
 
 import time
 from contextlib import closing
@@ -15,13 +15,20 @@ from comfyui_deltaconv.deltaconv.distillation.activations import (
     KeptTeacher,
     chosen,
     record,
+    record_joint,
 )
 from comfyui_deltaconv.deltaconv.distillation.data import draw
+from comfyui_deltaconv.deltaconv.distillation.losses import batch_losses
+from comfyui_deltaconv.deltaconv.distillation.settings import new_blocks, read_plan
+from comfyui_deltaconv.deltaconv.distillation.student import Student
+from comfyui_deltaconv.deltaconv.distillation.teacher import Prediction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# Of one pass of four images: two sites, x and y, in 16 bits.
-PASS = 2 * 2 * 4 * toy.SIZE**2 * toy.CHANNELS * 2
+# Of an image: a site's x and y in 16 bits, its noised latents and the noise in 32.
+SITE, DRAWN = 2 * toy.SIZE**2 * toy.CHANNELS * 2, 2 * toy.SIZE**2 * 3 * 4
+# Of one pass of four images.
+PASS = 4 * (2 * SITE + DRAWN)
 GIB = 2**30
 
 
@@ -71,14 +78,82 @@ def test_the_error_falls_further_for_the_same_passes():
 
 
 @pytest.mark.parametrize("kept", [1.5, 3.5, 100])
-@pytest.mark.parametrize("stop", [1, 4, 7, 10])
+@pytest.mark.parametrize("stop", [1, 4, 7, 10, 14, 17, 20, 22])
 def test_resumed_among_its_updates_it_goes_on_bit_for_bit(tmp_path, stop, kept):
-    size = {"kept_gib": kept * PASS / GIB, "joint": 3}
+    size = {"kept_gib": kept * PASS / GIB, "joint": 11}
     whole = figures(run(13, **size))
     with closing(run(13, folder=tmp_path, **size)) as records:
         first = figures(islice(records, stop + 1))
     assert len(first) == stop
     assert [*first, *figures(run(13, folder=tmp_path, **size))] == whole
+
+
+def test_a_pass_serves_joint_updates_too():
+    teacher = Counting()
+    records = figures(run(0, teacher, joint=12))
+    # Every update has a pass of the student.
+    assert len(records) == 12 and teacher.passes == 12 + 3
+    every = Counting()
+    figures(run(0, every, joint=12, updates=1))
+    assert every.passes == 12 + 12
+
+
+def test_a_joint_pass_that_is_too_large_is_not_kept():
+    teacher = Counting()
+    records = list(run(0, teacher, joint=6, kept_gib=0.3 * PASS / GIB))
+    assert teacher.passes == 1 + 6 + 6
+    (said,) = [record.message for record in records if record.message]
+    assert "kept_gib" in said
+    assert figures(records) == figures(run(0, joint=6, updates=1))
+
+
+JOINT = [
+    {"teacher": 1.0},
+    {"noise": 0.5, "teacher": 1.0, "features": 0.001},
+    {"teacher": 1.0, "normalised_features": 0.3},
+    {"guided": 1.0},
+    {"guided": 1.0, "noise": 0.2, "features": 0.01, "normalised_features": 0.3},
+]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("losses", JOINT, ids=[" ".join(each) for each in JOINT])
+def test_kept_joint_passes_have_the_losses_of_fresh_ones(losses, parts):
+    teacher, goal = Counting(), toy.toy_settings(losses=losses)
+    torch.manual_seed(0)
+    student = Student(
+        new_blocks(read_plan(toy.PLAN, teacher.dims), teacher.dims, "scaled"), goal, teacher.device
+    )
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"seed": 0, "batch": 5, "position": 0, "unconditional": 0.4}
+    batch = draw(toy.toy_data(), teacher, generator, **arguments)
+
+    def computed(batch):
+        for parameter in student.parameters.values():
+            parameter.grad = None
+        found = batch_losses(teacher, student, batch, parts, torch.Tensor.backward, goal, True)
+        return found, {name: p.grad.clone() for name, p in student.parameters.items()}
+
+    fresh, gradients = computed(batch)
+    kept = record_joint(teacher, batch, 5, 2, toy.PLAN, 10**6, goal)
+    before = teacher.passes
+    again, same = computed(kept.batch)
+    assert teacher.passes == before + parts and kept.finite
+    # Predictions are kept as they were, hidden states to float16's resolution.
+    assert again == pytest.approx(fresh, rel=1e-3)
+    for name, gradient in gradients.items():
+        assert (same[name] - gradient).norm() <= 2e-3 * gradient.norm(), name
+    if not losses.keys() & {"features", "normalised_features"}:
+        assert not kept.batch.hidden
+
+
+def test_what_own_samples_predicted_needs_no_pass():
+    teacher, data = Counting(), toy.toy_data()
+    goal = toy.toy_settings(losses={"teacher": 1.0})
+    batch = draw(data, teacher, torch.Generator(), seed=0, batch=4, position=0, unconditional=0.1)
+    known = replace(batch, predicted=Prediction(batch.noise, batch.noise))
+    kept = record_joint(teacher, known, 4, 1, toy.PLAN, 10**6, goal)
+    assert teacher.passes == 0 and kept.batch is known
 
 
 def test_a_pass_that_is_too_large_is_not_kept_and_every_update_has_its_own():
@@ -110,7 +185,7 @@ def test_what_is_kept_is_what_the_teacher_showed():
     for part in batch.parts(3):
         replayed.predict(part.x, part.sigma, part.conditions, look(again))
     expected = next((x, y) for name, x, y in shown if name == site)
-    assert {name for name, _, _ in again} == {site} and kept.bytes == 5 * PASS // 8
+    assert {name for name, _, _ in again} == {site} and kept.bytes == 5 * (SITE + DRAWN)
     for at, whole in enumerate(expected, 1):
         # To float16's resolution.
         got = torch.cat([seen[at] for seen in again])
@@ -209,7 +284,7 @@ def test_the_newest_pass_comes_first_and_all_have_their_turn():
 def test_settings_that_cannot_be_are_refused():
     for wrong in ({"updates": 0}, {"kept_gib": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            replace(toy.toy_settings(), **wrong)
+            toy.toy_settings(**wrong)
 
 
 def test_no_more_is_held_at_once_than_may_be():

@@ -19,6 +19,7 @@ STAGE = {
     "warmup": 2,
     "batch": 4,
     "accumulate": 1,
+    "updates": 1,
     "clip": 1.0,
     "weight_decay": 0.0,
     "decayed": "all",
@@ -28,7 +29,6 @@ STAGE = {
 SETTINGS = {
     "init": "random",
     "init_images": 8,
-    "updates": 1,
     "kept_gib": 2.0,
     "layers": {"steps": 6, **STAGE, "lr": 3e-3},
     "joint": {"steps": 5, **STAGE},
@@ -63,7 +63,8 @@ PROGRESS = {
 }
 # What states from before there was a choice of layers and steps lack.
 SINCE = ("replaced", "start")
-SETTINGS_SINCE = ("guidance", "start", "updates", "kept_gib")
+SETTINGS_SINCE = ("guidance", "start", "kept_gib")
+STAGE_SINCE = ("updates",)
 IDENTITY = {
     "base": "toy-0",
     "recipe": {"gate": "scaled", "first": [5, [1.0, 0.5]], "second": [3, [1.0]]},
@@ -126,6 +127,8 @@ def test_a_state_says_what_it_always_said(stopped):
 def older(progress):
     """The same, as it was written before there was a choice of layers and steps."""
     settings = {k: v for k, v in SETTINGS.items() if k not in SETTINGS_SINCE}
+    for stage in ("layers", "joint"):
+        settings[stage] = {k: v for k, v in SETTINGS[stage].items() if k not in STAGE_SINCE}
     return {k: v for k, v in progress.items() if k not in SINCE} | {"settings": settings}
 
 
