@@ -7,6 +7,7 @@ from typing import TypeVar
 from .checkpoint import Checkpoints
 from .data import Batch
 from .losses import batch_losses
+from .memory_policy import MemoryPolicy
 from .settings import StageSettings
 from .teacher import Teacher
 from .training import Training
@@ -44,6 +45,12 @@ class Engine:
     def rows(self, stage: StageSettings) -> list[int] | None:
         """The images of a stage's batch that this process takes; None: all of them."""
         return None
+
+    def within_memory(
+        self, memory: MemoryPolicy, stage: StageSettings, compute: Callable[[], _T]
+    ) -> _T:
+        """What `compute` returns of this process's share of a batch, by `memory`'s policy."""
+        return memory.run(stage, compute)
 
     def losses(
         self, teacher: Teacher, training: Training, batch: Batch, parts: int, joint: bool

@@ -323,11 +323,7 @@ class _Run:
             parts = self.memory.parts(settings)
             return self.engine.losses(teacher, training, batch, parts, stage == "joint")
 
-        return self._within_memory(settings, losses)
-
-    def _within_memory(self, stage: StageSettings, compute: Callable[[], _T]) -> _T:
-        # Others could not know that this process takes smaller parts.
-        return self.memory.run(stage, compute) if self.engine.alone else compute()
+        return self.engine.within_memory(self.memory, settings, losses)
 
     def _kept(self, updates: int, step: int) -> Kept | None:
         """The pass that this update of the stage goes over, None where it has its own.
@@ -362,7 +358,7 @@ class _Run:
                 shared = (self.teacher, batch, stage.batch, self.memory.parts(stage), sites, most)
                 return record(*shared) if name == "layers" else record_joint(*shared, settings)
 
-            return self._within_memory(stage, keep)
+            return self.engine.within_memory(self.memory, stage, keep)
 
         return KeptPasses(run, most) if stage.updates > 1 else None
 

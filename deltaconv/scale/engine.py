@@ -17,6 +17,7 @@ from ..distillation.checkpoint import Checkpoints
 from ..distillation.data import Batch, part_sizes
 from ..distillation.engine import Engine
 from ..distillation.losses import LayerLosses, joint_losses
+from ..distillation.memory_policy import MemoryPolicy
 from ..distillation.settings import DistillationError, StageSettings
 from ..distillation.student import Optimizer, Student
 from ..distillation.teacher import Teacher
@@ -125,28 +126,30 @@ class ParallelEngine(Engine):
             first += size
         return parts
 
-    def losses(
-        self, teacher: Teacher, training: Training, batch: Batch, parts: int, joint: bool
-    ) -> dict[str, float]:
-        """The losses of the whole batch, whose gradients are then set; `batch` holds `rows`.
+    def within_memory(
+        self, memory: MemoryPolicy, stage: StageSettings, compute: Callable[[], _T]
+    ) -> _T:
+        """What `compute` returns of this process's share of a batch.
 
         Raises DistillationError where memory runs out: the others could not take smaller parts.
         """
-        stage = training.settings.stage("joint" if joint else "layers")
         try:
-            return self._losses(teacher, training, batch, stage, joint)
+            return compute()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            images, parts = len(self.rows(stage)), len(self._parts(stage))
             raise DistillationError(
-                f"Expected memory for {len(batch)} images in {len(self._parts(stage))} parts, got "
-                "too little. Set a larger accumulate, a smaller batch, checkpointing, or start "
-                "more processes; the last state goes on."
+                f"Expected memory for {images} images in {parts} parts, got too little. Set a "
+                "larger accumulate, a smaller batch, checkpointing, or start more processes; the "
+                "last state goes on."
             ) from error
 
-    def _losses(
-        self, teacher: Teacher, training: Training, batch: Batch, stage: StageSettings, joint: bool
+    def losses(
+        self, teacher: Teacher, training: Training, batch: Batch, parts: int, joint: bool
     ) -> dict[str, float]:
+        """The losses of the whole batch, whose gradients are then set; `batch` holds `rows`."""
+        stage = training.settings.stage("joint" if joint else "layers")
         step = self._wrapped(training)
         # With many processes the parts are those of the settings: `parts` could differ.
         mine = list(batch.split([len(rows) for rows in self._parts(stage)]))

@@ -66,11 +66,15 @@ def test_two_processes_take_the_steps_of_one_which_then_goes_on(tmp_path, start_
     assert_same_curve([*found[0]["records"], *rest], one_process(20, 23, losses=DEFAULT))
 
 
+# Blocks that start at random call the teacher for the first kept pass before anything else does.
+@pytest.mark.parametrize(("init", "layers"), [("informed", 4), ("random", 4), ("random", 0)])
 @pytest.mark.parametrize("updates", [1, 3])
-def test_the_engine_of_one_process_takes_its_steps_and_says_where_memory_ends(updates):
+def test_the_engine_of_one_process_takes_its_steps_and_says_where_memory_ends(
+    updates, init, layers
+):
     teacher, engine = toy.ToyTeacher(), ParallelEngine()
     losses = {"teacher": 1.0, "normalised_features": 0.3}
-    settings = toy.toy_settings(4, 4, losses=losses, updates=updates)
+    settings = toy.toy_settings(layers, 4, losses=losses, updates=updates, init=init)
 
     def run(engine=None):
         records = distill(teacher, toy.PLAN, toy_sizes(), settings, engine=engine)
