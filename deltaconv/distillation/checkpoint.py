@@ -56,6 +56,8 @@ class Progress:
     # from which on they act.
     replaced: tuple[str, ...] | None = None
     start: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    # Whether this stage keeps passes for several updates; not from one on that did not fit.
+    keeps: bool = True
 
 
 _PROGRESS = TypeAdapter(Progress)

@@ -227,7 +227,7 @@ class _Run:
     def _pace(self, data: Dataset) -> Pace:
         """Seconds of the second of two steps of each stage, which change nothing."""
         training = self.training
-        state = training.generator.get_state()
+        state, keeps = training.generator.get_state(), training.keeps
         seconds: dict[StageName, float] = {"layers": inf, "joint": inf}
 
         def timed(stage: StageName) -> float:
@@ -241,6 +241,7 @@ class _Run:
                 if joint and self.teacher.why_not_differentiable:
                     continue
                 self.teacher.checkpointing(joint and self.settings.checkpointing)
+                training.keeps = True
                 for _ in range(2):
                     self.passes = self._passes(data, stage)
                     seconds[stage] = timed(stage)
@@ -254,6 +255,7 @@ class _Run:
             self.teacher.checkpointing(False)
             training.optimizer.zero()
             training.generator.set_state(state)
+            training.keeps = keeps
         return Pace(**seconds)
 
     def _train(self, data: Dataset) -> Iterator[Record]:
@@ -328,13 +330,13 @@ class _Run:
     def _kept(self, updates: int, step: int) -> Kept | None:
         """The pass that this update of the stage goes over, None where it has its own.
 
-        So it is from the first one on that does not fit; a run that is resumed looks anew.
+        So it is from the first one on that does not fit.
         """
         settings = self.settings
         if self.passes and (passes := self.passes.up_to(step // updates)):
             return chosen(passes, step, updates, settings.seed)
         if self.passes:
-            self.passes = None
+            self.passes, self.training.keeps = None, False
             self.notes.append(
                 f"a pass of the base takes more than kept_gib, {settings.kept_gib:g} GiB: every "
                 "update has its own; a smaller batch may fit"
@@ -360,7 +362,7 @@ class _Run:
 
             return self.engine.within_memory(self.memory, stage, keep)
 
-        return KeptPasses(run, most) if stage.updates > 1 else None
+        return KeptPasses(run, most) if stage.updates > 1 and self.training.keeps else None
 
     def _replay(self, data: Dataset):
         layers = self.settings.layers

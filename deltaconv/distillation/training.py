@@ -25,6 +25,8 @@ class Training:
         self.step = self.position = self.number = 0
         # The sites that were chosen, if that was done.
         self.replaced: tuple[str, ...] | None = None
+        # Whether passes of the stage may be kept: until one did not fit.
+        self.keeps = True
         # False while weights, optimizer and counters belong to different steps.
         self.whole = True
         # The loss of every training step so far, across resumed runs.
@@ -68,7 +70,7 @@ class Training:
     def begin_joint(self) -> None:
         """Go on from the averaged weights in the joint stage, with a new optimizer."""
         self.student.adopt_average()
-        self.stage, self.step = "joint", 0
+        self.stage, self.step, self.keeps = "joint", 0, True
         self.student.restart_average()
         self.restart_optimizer()
 
@@ -101,6 +103,7 @@ class Training:
             settings=self.settings.to_mapping(),
             replaced=self.replaced,
             start=self.student.start,
+            keeps=self.keeps,
         )
         return State(tensors, progress)
 
@@ -126,7 +129,9 @@ class Training:
         self.generator.set_state(self.random_state)
         self.history = state.tensors["history"].tolist()
         notes.append(f"resumed after {self.number} steps")
-        if not self.settings.matches(progress.settings):
+        if self.settings.matches(progress.settings):
+            self.keeps = progress.keeps
+        else:
             notes.append("with other settings than it was begun with")
         return notes
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy_teacher as toy
-from comfyui_deltaconv.deltaconv.distillation import distill
+from comfyui_deltaconv.deltaconv.distillation import Dataset, distill
 from comfyui_deltaconv.deltaconv.distillation.activations import (
     KeptPasses,
     KeptTeacher,
@@ -164,6 +164,25 @@ def test_a_pass_that_is_too_large_is_not_kept_and_every_update_has_its_own():
     (said,) = [record.message for record in records if record.message]
     assert "kept_gib" in said and "every update has its own" in said
     assert figures(records) == figures(run(6, updates=1))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 9, 11, 13, 14, 17, 19])
+def test_resumed_behind_a_pass_that_did_not_fit_it_goes_on_bit_for_bit(tmp_path, stop):
+    small, large = toy.toy_data(), toy.toy_data(12)
+    latents = [*small.latents, *(latent.repeat(1, 2, 2) for latent in large.latents)]
+    both = Dataset(latents, [*small.conditions, *large.conditions], small.unconditional)
+    goal = toy.toy_settings(12, 8, 2, init="random", kept_gib=2.5 * PASS / GIB, seed=1)
+
+    def steps(**options):
+        return distill(Counting(), toy.PLAN, both, goal, **options)
+
+    whole = list(steps())
+    said = [number for number, record in enumerate(whole) if "kept_gib" in record.message]
+    # In each stage once, and not with its first step.
+    assert len(said) == 2 and 1 < said[0] < 13 < said[1]
+    with closing(steps(folder=tmp_path)) as records:
+        first = figures(islice(records, stop + 1))
+    assert [*first, *figures(steps(folder=tmp_path))] == figures(whole)
 
 
 def test_what_is_kept_is_what_the_teacher_showed():

@@ -60,9 +60,10 @@ PROGRESS = {
     "settings": SETTINGS,
     "replaced": None,
     "start": 0.0,
+    "keeps": True,
 }
 # What states from before there was a choice of layers and steps lack.
-SINCE = ("replaced", "start")
+SINCE = ("replaced", "start", "keeps")
 SETTINGS_SINCE = ("guidance", "start", "kept_gib")
 STAGE_SINCE = ("updates",)
 IDENTITY = {
