@@ -46,13 +46,13 @@ def test_page_and_converter_make_the_same_prompt(page, server, workflow):
 
 @pytest.mark.parametrize("mode", [2, 4], ids=["muted", "bypassed"])
 @pytest.mark.parametrize("node", ["DeltaConvApply", "VAEDecode", "DeltaConvCompare"])
-def test_page_and_converter_agree_about_modes(browser, server, workflow, node, mode):
-    # The renderer only draws a mode: one is enough.
-    open_page(browser, server, Comfy_VueNodes_Enabled=False)
+# The renderer only draws a mode: one is enough.
+@pytest.mark.parametrize("opened", [CANVAS], indirect=True)
+def test_page_and_converter_agree_about_modes(opened, server, workflow, node, mode):
     changed = json.loads(json.dumps(workflow))
     next(n for n in changed["nodes"] if n["type"] == node)["mode"] = mode
-    load_workflow(browser, changed)
-    theirs = in_page(browser, "return (await app.graphToPrompt()).output")
+    load_workflow(opened, changed)
+    theirs = in_page(opened, "return (await app.graphToPrompt()).output")
     object_info = server.object_info()
     assert known_inputs(theirs, object_info) == to_prompt(changed, object_info)
 
