@@ -219,8 +219,6 @@ def _chooser(configuration: "Configuration", teacher, plans, inputs, engine: "En
         said=lambda sentence: print(sentence, flush=True),
     )
     if engine.shared(lambda: choose is None):
-        if engine.main:
-            print("No block is faster than attention at this size: all are distilled.", flush=True)
         return None
     return choose or _asked_in_the_first_process
 

@@ -108,7 +108,8 @@ def distill_demo(output: Path, seconds: float = SECONDS, side: int = 64) -> dict
                 if record.stage == "init":
                     pictures["initialised"] = draw(teacher, student.averaged_blocks(), steps, side)
                     measure("least squares", student.averaged_blocks())
-                    print("Layers and steps are chosen …", flush=True)
+                    if choose:
+                        print("Layers and steps are chosen …", flush=True)
                 elif record.stage == "choice":
                     measure("chosen", student.averaged_blocks())
                 elif record.message or record.step % 10 == 0 or record.step in (1, record.steps):

@@ -86,7 +86,7 @@ def chooser(
     shape: tuple[int, ...],
     **options,
 ) -> Chooser | None:
-    """A Chooser of latents [C, H, W]; None where no block is faster, and nothing to choose from.
+    """A Chooser of latents [C, H, W]; None, and said, where no block is faster than attention.
 
     Layers are timed here, with untrained blocks: call it before the teacher is loaded.
     """
@@ -95,5 +95,6 @@ def chooser(
     rows = 1 if options["unconditional"] is None else 2
     costs, counted = site_costs(model, weights, tuple(shape[-2:]), rows)
     if not any(cost.saved > 0 and math.isfinite(cost.saved) for cost in costs.values()):
+        options["said"]("no block is faster than attention at this size: all are distilled")
         return None
     return Chooser(teacher, shape=shape, costs=costs, counted=counted, **options)

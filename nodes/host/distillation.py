@@ -27,7 +27,7 @@ from ...deltaconv.families import FAMILIES, native_latent
 from ...deltaconv.geometry import BlockPlan
 from ...deltaconv.weights.compatibility import check_fit
 from .conditioning import conditions_of, digest_of, encode_prompts, latents_of
-from .distill_choice import Chooser, chooser
+from .distill_choice import chooser
 from .distill_inputs import DistillInputs
 from .distill_time import TimeBudget
 from .folders import SAMPLES, output_folder
@@ -70,11 +70,19 @@ def _distil(
     choice = None
     # A recipe, and weights to go on from, are a choice already.
     if inputs.choice != FASTEST and options.recipe is None and start is None:
-        choice = _chooser(model, teacher, recipe, gate, shape, conditions, empty, inputs)
-        if choice is None:
-            report.chosen("no block is faster than attention at this size: all are distilled")
-        else:
-            choice.said, choice.progress = report.chosen, preview.choosing
+        choice = chooser(
+            model,
+            teacher,
+            recipe,
+            gate,
+            tuple(shape),
+            conditions=conditions,
+            unconditional=empty,
+            wanted=inputs.choice,
+            seed=_SAMPLES_SEED,
+            said=report.chosen,
+            progress=preview.choosing,
+        )
 
     def data() -> Dataset:
         preview.dataset = (
@@ -205,23 +213,6 @@ def _own_samples(
 def _sample_shape(teacher: ComfyTeacher, inputs: DistillInputs) -> tuple[int, int, int]:
     side = inputs.options.sample_size or native_latent(teacher.family)
     return (teacher.patcher.model.latent_format.latent_channels, side, side)
-
-
-def _chooser(
-    model, teacher, recipe, gate, shape, conditions, empty, inputs: DistillInputs
-) -> Chooser | None:
-    return chooser(
-        model,
-        teacher,
-        recipe,
-        gate,
-        tuple(shape),
-        conditions=conditions,
-        unconditional=empty,
-        wanted=inputs.choice,
-        seed=_SAMPLES_SEED,
-        said=lambda text: None,
-    )
 
 
 def _base() -> Path:

@@ -59,7 +59,9 @@ def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsy
     assert Image.open(tmp_path / "distil_demo_loss.png").width > 400
     said = capsys.readouterr().out
     weights = read_weights(tmp_path / "distil_demo.safetensors")
-    assert f"blocks in {len(weights.sites)} of 10 layers" in said
+    # At this size that depends on what else the machine does.
+    none = len(weights.sites) == 10 and "no block is faster than attention" in said
+    assert none or f"blocks in {len(weights.sites)} of 10 layers" in said
     for words in ("joint steps in all", "PSNR", "held-out noise"):
         assert words in said
 
