@@ -106,7 +106,7 @@ class DistillationSettings:
     init: Init = "informed"
     # Images of the teacher's activations that the initialization and refits regress on.
     init_images: Annotated[Int, Field(ge=2, le=1_000_000)] = 128
-    # Main memory for the teacher's last passes, of all processes together (activations.py).
+    # Main memory for the teacher's last passes, of all processes together (passes.py).
     kept_gib: Annotated[Float, Field(ge=0, le=10_000)] = 2.0
     layers: StageSettings = field(default_factory=StageSettings)
     joint: StageSettings = field(default_factory=StageSettings)

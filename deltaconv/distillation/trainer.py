@@ -14,12 +14,12 @@ import torch
 from ..block import DeltaConvBlock
 from ..geometry import BlockPlan
 from ..weights.model import DeltaConvWeights
-from .activations import Kept, KeptPasses, KeptTeacher, chosen, record, record_joint
 from .checkpoint import Checkpoints
 from .data import Batch, Dataset, draw
 from .engine import Engine
 from .initialization import initialize, refit
 from .memory_policy import MemoryPolicy
+from .passes import Kept, KeptPasses, KeptTeacher, chosen, record, record_joint
 from .plan import Pace, Plan, with_steps
 from .record import Record, memory_in_use, weights_of
 from .replay import replay_of

@@ -10,15 +10,15 @@ import pytest
 import torch
 import toy_teacher as toy
 from comfyui_deltaconv.deltaconv.distillation import Dataset, distill
-from comfyui_deltaconv.deltaconv.distillation.activations import (
+from comfyui_deltaconv.deltaconv.distillation.data import draw
+from comfyui_deltaconv.deltaconv.distillation.losses import batch_losses
+from comfyui_deltaconv.deltaconv.distillation.passes import (
     KeptPasses,
     KeptTeacher,
     chosen,
     record,
     record_joint,
 )
-from comfyui_deltaconv.deltaconv.distillation.data import draw
-from comfyui_deltaconv.deltaconv.distillation.losses import batch_losses
 from comfyui_deltaconv.deltaconv.distillation.settings import new_blocks, read_plan
 from comfyui_deltaconv.deltaconv.distillation.student import Student
 from comfyui_deltaconv.deltaconv.distillation.teacher import Prediction
