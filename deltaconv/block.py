@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from ..kernels import GATES, Biases, Projections, SiteProjection, gated_pyramid
 from .geometry import check_geometry, complete_state, default_scales, read_geometry
+from .tokens import PooledAttention
 
 
 class DepthwiseKernel(nn.Module):
@@ -84,11 +85,13 @@ class DeltaConvBlock(nn.Module):
 
     `dim` is C, a multiple of 4; `kernel_size` is odd; `scales` are fractions of H × W; `gate` is
     "scaled" (SD1.5, SDXL) or "sigmoid" (PixArt). `biased` are the scales, by index, whose depthwise
-    convolution has a bias, as the authors' first release has it. `operations` supplies `Linear`:
+    convolution has a bias, as the authors' first release has it. `heads` above 0 add an attention
+    over the map's pooled tokens (tokens.py), our own extension. `operations` supplies `Linear`:
     torch.nn, or the host's that casts its weights, and optionally `lend`, which passes them to one
     fused op; see `lend_plain`. Raises ValueError for impossible geometry.
 
-    y = conv_out(pyramid(conv_up(x))) + conv_pool(mean of x over H, W); source: arXiv 2504.21292.
+    y = conv_out(pyramid(conv_up(x))) + conv_pool(mean of x over H, W), and tokens(x) where it has
+    heads; source: arXiv 2504.21292.
     """
 
     def __init__(
@@ -99,12 +102,13 @@ class DeltaConvBlock(nn.Module):
         gate: str = "scaled",
         *,
         biased: Sequence[int] = (),
+        heads: int = 0,
         operations: ModuleType | type = nn,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        problems = check_geometry(dim, kernel_size)
+        problems = check_geometry(dim, kernel_size, heads)
         if not scales or not all(0 < scale <= 1 for scale in scales):
             problems.append(f"scales must be one or more fractions in (0, 1], got {scales=}")
         if gate not in GATES:
@@ -116,6 +120,7 @@ class DeltaConvBlock(nn.Module):
         self.dim, self.kernel_size = dim, kernel_size
         self.scales, self.gate = tuple(map(float, scales)), gate
         self.biased = tuple(sorted(set(biased)))
+        self.heads = heads
         self._lend = getattr(operations, "lend", lend_plain)
         self._project = SiteProjection()
         inner = dim // 2
@@ -127,6 +132,8 @@ class DeltaConvBlock(nn.Module):
         )
         self.conv_out = operations.Linear(inner // 2 * len(scales), dim, **factory)
         self.conv_pool = operations.Linear(dim, dim, **factory)
+        if heads:
+            self.tokens = PooledAttention(dim, heads, operations=operations, **factory)
 
     @classmethod
     def from_state(
@@ -150,13 +157,22 @@ class DeltaConvBlock(nn.Module):
         if len(scales) != geometry.num_scales:
             raise ValueError(f"Expected {geometry.num_scales} scales, one per gate, got {scales=}.")
         shape = (geometry.dim, geometry.kernel_size, scales, gate)
-        block = cls(*shape, biased=geometry.biased, operations=operations, device="meta")
+        own = {"biased": geometry.biased, "heads": geometry.heads}
+        block = cls(*shape, **own, operations=operations, device="meta")
         # `assign`, because the host's modules may have no weight to copy into before they load.
         block.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
         return block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, W, C] → [B, H, W, C], any B, H, W ≥ 1."""
+        result = self.convolved(x)
+        if not self.heads:
+            return result
+        attended = cast(PooledAttention, self._modules["tokens"])(x)
+        return result + attended if torch.is_grad_enabled() else result.add_(attended)
+
+    def convolved(self, x: torch.Tensor) -> torch.Tensor:
+        """The published block, without pooled tokens: x [B, H, W, C] → [B, H, W, C]."""
         # Read the dictionary: Module's own lookup takes ten times as long.
         modules = cast(dict[str, nn.Module], self._modules)
         linears = (modules["conv_up"], modules["conv_out"], modules["conv_pool"])
@@ -191,5 +207,6 @@ class DeltaConvBlock(nn.Module):
     def extra_repr(self) -> str:
         scales = ", ".join(f"{scale:.3g}" for scale in self.scales)
         biased = f", biased={self.biased}" if self.biased else ""
+        biased += f", heads={self.heads}" if self.heads else ""
         shape = f"{self.dim}, kernel_size={self.kernel_size}, scales=({scales})"
         return f"{shape}, gate={self.gate}{biased}"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..kernels import pooled_size
 from .geometry import BlockGeometry
+from .tokens import SIDE
 
 
 def attention_flops(dim: int, height: int, width: int) -> int:
@@ -36,13 +37,17 @@ PAPER_BLOCK_OPERATIONS = 1_589.10e9
 
 
 def block_flops(geometry: BlockGeometry, scales: Sequence[float], height: int, width: int) -> int:
-    """One ΔConvBlock on one map: both projections, every scale's convolution, the pooled branch."""
+    """One ΔConvBlock on one map: both projections, every scale's convolution, the pooled branch,
+    the attention over pooled tokens if it has one."""
     tokens, inner = height * width, geometry.dim // 2
     total = tokens * geometry.dim * inner + geometry.dim**2
     total += tokens * (inner // 2) * geometry.num_scales * geometry.dim
     for scale in scales:
         rows, columns = (height, width) if scale == 1 else pooled_size(height, width, scale)
         total += rows * columns * inner * geometry.kernel_size**2
+    if geometry.heads:
+        pooled = min(height, SIDE) * min(width, SIDE)
+        total += 4 * pooled * geometry.dim**2 + 2 * pooled**2 * geometry.dim
     return 2 * total
 
 

@@ -11,6 +11,8 @@ SCALES_BY_COUNT = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 1 / 3)}
 
 _DEPTHWISE = re.compile(r"gates\.(\d+)\.conv_spatial\.weight")
 _DEPTHWISE_BIAS = re.compile(r"gates\.(\d+)\.conv_spatial\.bias")
+# Our own, in no published file: its length is the number of heads.
+_HEADS = "tokens.scale"
 # Tensors that may be missing, and are zero then; the depthwise biases are the others.
 _OPTIONAL = {"conv_up.bias"}
 
@@ -19,33 +21,37 @@ _OPTIONAL = {"conv_up.bias"}
 class BlockPlan:
     """The block at a site: kernel k and scales as fractions of H × W; its dim is the site's.
 
-    `biased` are the scales, by index, whose depthwise convolution has a bias.
+    `biased` are the scales, by index, whose depthwise convolution has a bias. `heads` are those of
+    its attention over pooled tokens, 0 for a published block, which has none.
     """
 
     kernel: int
     scales: tuple[float, ...] = SCALES_BY_COUNT[2]
     biased: tuple[int, ...] = ()
+    heads: int = 0
 
     def geometry(self, dim: int) -> "BlockGeometry":
         """What the tensors of this block say at a site of `dim` channels."""
-        return BlockGeometry(dim, self.kernel, len(self.scales), self.biased)
+        return BlockGeometry(dim, self.kernel, len(self.scales), self.biased, self.heads)
 
 
 @dataclass(frozen=True)
 class BlockGeometry:
     """What the tensors of a block say about it: dim C, kernel k, number of scales S.
 
-    `biased` are the scales, by index, whose depthwise convolution has a bias.
+    `biased` are the scales, by index, whose depthwise convolution has a bias; `heads`, see
+    `BlockPlan`.
     """
 
     dim: int
     kernel_size: int
     num_scales: int
     biased: tuple[int, ...] = ()
+    heads: int = 0
 
     def plan(self, scales: tuple[float, ...]) -> BlockPlan:
         """The block at its site, with `scales`, of which its tensors say the number alone."""
-        return BlockPlan(self.kernel_size, scales, self.biased)
+        return BlockPlan(self.kernel_size, scales, self.biased, self.heads)
 
     @property
     def parameters(self) -> int:
@@ -64,16 +70,22 @@ class BlockGeometry:
         shapes["conv_out.bias"] = (c,)
         shapes["conv_pool.weight"] = (c, c)
         shapes["conv_pool.bias"] = (c,)
+        if self.heads:
+            shapes[_HEADS] = (self.heads,)
+            shapes["tokens.qkv.weight"] = (3 * c, c)
+            shapes["tokens.out.weight"] = (c, c)
         return shapes
 
 
-def check_geometry(dim: int, kernel_size: int) -> list[str]:
-    """Sentences that say why no block can have this dim and kernel; empty when it can."""
+def check_geometry(dim: int, kernel_size: int, heads: int = 0) -> list[str]:
+    """Sentences that say why no block can have these; empty when it can."""
     problems = []
     if dim < 4 or dim % 4:
         problems.append(f"dim must be a positive multiple of 4 (two halves of C/2), got {dim=}")
     if kernel_size < 1 or kernel_size % 2 == 0:
         problems.append(f"kernel_size must be odd and positive, got {kernel_size=}")
+    if heads < 0 or (heads and dim % heads):
+        problems.append(f"heads must divide dim, or be 0, got {heads=} for {dim=}")
     return problems
 
 
@@ -110,11 +122,12 @@ def read_geometry(shapes: Mapping[str, Sequence[int]]) -> BlockGeometry:
     dim = _first(found, (("conv_pool.weight", 1), ("conv_up.weight", 1), ("conv_out.weight", 0)))
     depthwise = [f"gates.{scale}.conv_spatial.weight" for scale in range(num_scales)]
     kernel_size = _first(found, ((name, 0) for name in depthwise))
-    problems = check_geometry(dim, kernel_size) if dim and kernel_size else []
+    heads = math.prod(found[_HEADS]) if _HEADS in found else 0
+    problems = check_geometry(dim, kernel_size, heads) if dim and kernel_size else []
 
     biased = sorted({int(match[1]) for match in map(_DEPTHWISE_BIAS.fullmatch, found) if match})
     biased = tuple(scale for scale in biased if scale < num_scales)
-    geometry = BlockGeometry(dim or 0, kernel_size or 0, num_scales, biased)
+    geometry = BlockGeometry(dim or 0, kernel_size or 0, num_scales, biased, heads)
     expected = geometry.shapes()
     if missing := sorted(expected.keys() - found.keys() - _OPTIONAL):
         problems.append(f"missing: {', '.join(missing)}")

@@ -8,10 +8,11 @@ then linear in x, and what remains is regression on the teacher's own activation
 1. y − mean y on (x − mean x), which the mean cannot touch, and on the site's value projection
    carried by each head's mean attention over offsets. The C/4 directions of largest energy, whether
    pointwise or a head's, become the a channels, with an identity or that head's offsets as kernel.
-2. `conv_out`, `conv_pool` and their biases by ridge regression on what the block really computes
+2. `conv_out`, `conv_pool`, their biases, and the output of an attention over pooled tokens, whose
+   q, k and v are the layer's own, by ridge regression on what the block really computes
    from these channels, padding, pooling and upsampling included. Deep maps have fewer pixels than
    the block has channels, and the pooled branch sees one row per image: the strengths of the ridge
-   on both, and the share of the solution that is taken, are chosen by the error on the other half
+   on each, and the share of the solution that is taken, are chosen by the error on the other half
    of the draws. A layer that is not predictable from these keeps `conv_out` and `conv_pool` zero.
 """
 
@@ -25,7 +26,8 @@ from einops import rearrange, repeat
 
 from ...kernels import gated_pyramid
 from ..block import DeltaConvBlock
-from ..locality.attention import ValueMap
+from ..locality.attention import AttentionMaps
+from ..tokens import spread
 from .least_squares import Sums, fit, leading_directions, without
 from .offsets import OffsetMeans
 from .settings import DistillationError
@@ -49,19 +51,24 @@ _Candidate = tuple[float, torch.Tensor, int | None]
 def initialize(
     blocks: Mapping[str, DeltaConvBlock],
     replay: Replay,
-    value_map: Callable[[str], ValueMap | None],
+    maps_of: Callable[[str], AttentionMaps | None],
     generator: torch.Generator,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
     """Set every block (site → block, on the CPU) from the teacher; site → held-out relative error.
 
-    `value_map(site)` returns the layer's value map, or None where its attention is not over the map
+    `maps_of(site)` returns the layer's linear maps, or None where its attention is not over the map
     itself. `progress` hears the share done. The error is measured on the other
     half of the draws, each with its own noise; one image may be in both halves. It is at most 1,
     that of a block that returns zero. Raises DistillationError, before any block is changed, where
-    the activations are not finite.
+    the activations are not finite, or a block has pooled tokens that its layer cannot begin.
     """
-    maps = {site: value_map(site) for site in blocks}
+    maps = {site: maps_of(site) for site in blocks}
+    projections = {
+        site: _own_projections(site, block, maps[site])
+        for site, block in blocks.items()
+        if block.heads
+    }
     offsets = _mean_offsets(maps, replay, generator)
     # A layer whose q and k nobody can see has no mean attention.
     maps = {site: values if site in offsets else None for site, values in maps.items()}
@@ -76,6 +83,8 @@ def initialize(
     for index, (site, block) in enumerate(blocks.items()):
         progress(0.35 + 0.15 * index / len(blocks))
         _set_channels(block, sums.pop(site), maps[site], offsets.get(site))
+        if block.heads:
+            block.tokens.qkv.weight.copy_(projections[site])
     return _solve(blocks, replay, lambda share: progress(0.5 + share / 2), from_zero=True)
 
 
@@ -85,12 +94,28 @@ def refit(
     replay: Replay,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
-    """Move `conv_out` and `conv_pool` of every block to the least-squares solution for its layer.
+    """Move every block's `conv_out`, `conv_pool` and tokens' `out` to the least-squares solution.
 
     The step is as long as lowers the error on held-out images, which is returned by site over the
     power of the layer's output. All other parameters stay; valid at any time in training.
     """
     return _solve(blocks, replay, progress, from_zero=False)
+
+
+def _own_projections(site: str, block: DeltaConvBlock, maps: AttentionMaps | None) -> torch.Tensor:
+    """The layer's own query, key and value [3C, C], for its block's pooled tokens."""
+    if maps is None or maps.query is None or maps.key is None:
+        raise DistillationError(
+            f"Expected no heads of pooled tokens at {site}, whose queries and keys are not linear "
+            f"in its map, got {block.heads}. Leave the tokens out, or begin at random."
+        )
+    if maps.heads != block.heads or maps.query.shape != (block.dim, block.dim):
+        raise DistillationError(
+            f"Expected pooled tokens with the {maps.heads} heads of the layer at {site}, "
+            f"{len(maps.query)} channels in all, got {block.heads} and {block.dim}. Change the "
+            "recipe, or begin at random."
+        )
+    return torch.cat((maps.query, maps.key, maps.value))
 
 
 def _solve(
@@ -101,7 +126,7 @@ def _solve(
 ) -> dict[str, float]:
     halves = {}
     for site, block in blocks.items():
-        width = block.conv_out.in_features + block.dim + 1
+        width = len(_groups(block))
         halves[site] = (Sums.empty(width, block.dim), Sums.empty(width, block.dim))
     seen = dict.fromkeys(blocks, 0)
 
@@ -132,33 +157,42 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
-    """x [B, H, W, C] → [B, H, W, S·h/2 + C + 1]: what conv_out and conv_pool are linear in."""
+    """x [B, H, W, C] → [B, H, W, F]: what conv_out, conv_pool and the tokens' out are linear in."""
     u = F.linear(x, block.conv_up.weight.to(x), block.conv_up.bias.to(x))
     kernels, biases = block.depthwise_like(u)
     pyramid = gated_pyramid(u, kernels, block.scales, block.gate, biases)
     mean = x.mean((1, 2), keepdim=True).expand_as(x)
-    return torch.cat([pyramid, mean, torch.ones_like(x[..., :1])], dim=-1)
+    features = [pyramid, mean]
+    if block.heads:
+        features.append(spread(block.tokens.mixed(x), *x.shape[1:3]))
+    return torch.cat([*features, torch.ones_like(x[..., :1])], dim=-1)
+
+
+def _groups(block: DeltaConvBlock) -> torch.Tensor:
+    """A strength [F] for the pyramid, one for the mean, one for the tokens, none for a constant."""
+    sizes = [block.conv_out.in_features, block.dim, *([block.dim] if block.heads else ())]
+    groups = [group for group, size in enumerate(sizes, start=1) for _ in range(size)]
+    return torch.tensor([*groups, 0])
 
 
 def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums], from_zero: bool) -> float:
-    inner = block.conv_out.in_features
-    # A strength for the pyramid, one for the mean, none for the constant.
-    groups = torch.tensor([1] * inner + [2] * block.dim + [0])
+    linears = [block.conv_out, block.conv_pool, *([block.tokens.out] if block.heads else ())]
     start = None
     if not from_zero:
         bias = block.conv_out.bias + block.conv_pool.bias
-        now = (block.conv_out.weight.T, block.conv_pool.weight.T, bias[None])
+        now = (*(linear.weight.T for linear in linears), bias[None])
         start = torch.cat([part.double() for part in now])
-    weight, error = fit(halves, groups, start)
-    block.conv_out.weight.copy_(weight[:inner].T)
-    block.conv_pool.weight.copy_(weight[inner:-1].T)
+    weight, error = fit(halves, _groups(block), start)
+    parts = weight[:-1].split([linear.in_features for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight.copy_(part.T)
     block.conv_out.bias.copy_(weight[-1])
     block.conv_pool.bias.zero_()
     return error
 
 
 def _mean_offsets(
-    maps: Mapping[str, ValueMap | None], replay: Replay, generator: torch.Generator
+    maps: Mapping[str, AttentionMaps | None], replay: Replay, generator: torch.Generator
 ) -> dict[str, OffsetMeans]:
     offsets: dict[str, OffsetMeans] = {}
 
@@ -183,7 +217,7 @@ def _mean_offsets(
 
 def _direction_sums(
     blocks: Mapping[str, DeltaConvBlock],
-    maps: Mapping[str, ValueMap | None],
+    maps: Mapping[str, AttentionMaps | None],
     offsets: Mapping[str, OffsetMeans],
     replay: Replay,
 ) -> dict[str, Sums]:
@@ -191,11 +225,11 @@ def _direction_sums(
     sums, carriers = {}, {}
     for site, block in blocks.items():
         heads = maps[site]
-        width = block.dim + (len(heads.matrix) if heads else 0)
+        width = block.dim + (len(heads.value) if heads else 0)
         sums[site] = Sums.empty(width, block.dim)
         if heads:
             kernels = offsets[site].kernels(block.kernel_size, block.scales[0])
-            carriers[site] = (heads.matrix, kernels)
+            carriers[site] = (heads.value, kernels)
 
     def centered(rows):
         return _rows(rows - rows.mean((1, 2), keepdim=True))
@@ -228,7 +262,7 @@ def _carry(values: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 def _set_channels(
     block: DeltaConvBlock,
     sums: Sums,
-    heads: ValueMap | None,
+    heads: AttentionMaps | None,
     offsets: OffsetMeans | None,
 ) -> None:
     """Choose the a channels by energy, give them their kernels, and open the gate."""
@@ -268,16 +302,16 @@ def _set_channels(
                 kernel[..., channel] = per_head.mean(0)
 
 
-def _head_candidates(sums: Sums, dim: int, heads: ValueMap, rank: int) -> list[_Candidate]:
+def _head_candidates(sums: Sums, dim: int, heads: AttentionMaps, rank: int) -> list[_Candidate]:
     """What each head adds to the pointwise part."""
     rest = without(sums, dim)
-    size = len(heads.matrix) // heads.heads
+    size = len(heads.value) // heads.heads
     found: list[_Candidate] = []
     for head in range(heads.heads):
         rows = slice(head * size, (head + 1) * size)
         part = Sums(rest.features[rows, rows], rest.cross[rows], rest.power, rest.count)
         directions, energies = leading_directions(part, min(rank, size))
-        value = heads.matrix[rows].double().cpu()
+        value = heads.value[rows].double().cpu()
         for energy, row in zip(energies.tolist(), directions, strict=True):
             direction = row @ value
             # Unit power of the input, as for the pointwise channels.

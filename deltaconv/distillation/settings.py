@@ -196,6 +196,7 @@ class _Entry:
         Field(min_length=1, max_length=8),
         BeforeValidator(_listed),
     ]
+    heads: Annotated[Count, Field(le=4096)] = 0
 
 
 _ENTRY = TypeAdapter(_Entry)
@@ -204,7 +205,8 @@ _ENTRY = TypeAdapter(_Entry)
 def read_plan(recipe: Mapping[str, object], dims: Mapping[str, int]) -> dict[str, BlockPlan]:
     """Site → (kernel, scales), a BlockPlan, or a kernel alone → plans, in the model's site order.
 
-    `dims` maps the model's sites to channels. Raises DistillationError that lists what cannot be.
+    Behind the scales may stand heads, of pooled tokens. `dims` maps the model's sites to
+    channels. Raises DistillationError that lists what cannot be.
     """
     plans, problems = {}, []
     if not isinstance(recipe, Mapping) or not recipe:
@@ -215,15 +217,20 @@ def read_plan(recipe: Mapping[str, object], dims: Mapping[str, int]) -> dict[str
         if site not in dims:
             problems.append(f"{site!r:.80} is no self-attention site of this model")
             continue
-        if isinstance(entry, list | tuple) and len(entry) != 2:
-            problems.append(f"{site}: expected [kernel, [scales]], got {entry!r:.80}")
+        if isinstance(entry, list | tuple) and len(entry) not in (2, 3):
+            problems.append(
+                f"{site}: expected [kernel, [scales]] or [kernel, [scales], heads], got "
+                f"{entry!r:.80}"
+            )
             continue
         try:
             plan = _block_plan(entry)
         except ValidationError as error:
             problems += [f"{site}: {line}" for line in problems_of(error)]
             continue
-        problems += [f"{site}: {line}" for line in check_geometry(dims[site], plan.kernel)]
+        problems += [
+            f"{site}: {line}" for line in check_geometry(dims[site], plan.kernel, plan.heads)
+        ]
         plans[site] = plan
     if problems:
         raise DistillationError(
@@ -242,7 +249,9 @@ def new_blocks(
 ) -> dict[str, DeltaConvBlock]:
     """Untrained blocks by site, from torch's current random state."""
     return {
-        site: DeltaConvBlock(dims[site], plan.kernel, plan.scales, gate, biased=plan.biased)
+        site: DeltaConvBlock(
+            dims[site], plan.kernel, plan.scales, gate, biased=plan.biased, heads=plan.heads
+        )
         for site, plan in plans.items()
     }
 
@@ -250,9 +259,12 @@ def new_blocks(
 def _block_plan(entry: object) -> BlockPlan:
     """The plan of a checked entry; raises ValidationError for any other."""
     biased: tuple[int, ...] = ()
+    heads: object = 0
     if isinstance(entry, BlockPlan):
-        kernel, scales, biased = entry.kernel, entry.scales, entry.biased
+        kernel, scales, biased, heads = entry.kernel, entry.scales, entry.biased, entry.heads
     else:
-        kernel, scales = entry if isinstance(entry, list | tuple) else (entry, BlockPlan.scales)
-    checked = _ENTRY.validate_python({"kernel": kernel, "scales": scales})
-    return BlockPlan(checked.kernel, checked.scales, biased)
+        given = entry if isinstance(entry, list | tuple) else (entry, BlockPlan.scales)
+        kernel, scales, *more = given
+        heads = more[0] if more else 0
+    checked = _ENTRY.validate_python({"kernel": kernel, "scales": scales, "heads": heads})
+    return BlockPlan(checked.kernel, checked.scales, biased, checked.heads)

@@ -15,7 +15,7 @@ from .settings import DistillationError, DistillationSettings, StageSettings
 from .teacher import Visit, in_place_of_attention
 
 # Neither a depthwise kernel nor a bias, of a Linear or of a depthwise convolution.
-_LINEAR_WEIGHT = re.compile(r"(?:^|\.)conv_(?:up|out|pool)\.weight$")
+_LINEAR_WEIGHT = re.compile(r"(?:^|\.)(?:conv_(?:up|out|pool)|tokens\.(?:qkv|out))\.weight$")
 
 
 class Student:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..locality.attention import ValueMap
+from ..locality.attention import AttentionMaps
 
 # One image's conditioning, as the host makes it of a prompt; opaque to distillation.
 Condition = object
@@ -66,8 +66,8 @@ class Teacher(Protocol):
     def checkpointing(self, active: bool) -> None:
         """Recompute the base's activations in the backward pass instead of keeping them."""
 
-    def values(self, site: str) -> ValueMap | None:
-        """The site's value map; None where its keys are not the map's own tokens."""
+    def maps(self, site: str) -> AttentionMaps | None:
+        """The site's linear maps; None where its keys are not the map's own tokens."""
 
 
 def in_place_of_attention(

@@ -61,25 +61,26 @@ def distill(
 ) -> Iterator[Record]:
     """Distill `teacher` into ΔConvBlocks, yielding a record per step.
 
-    `recipe` maps site → BlockPlan, (kernel, scales), or a kernel alone. A `dataset` that is a
-    function is called once, at the first record. `start` holds blocks to go on from in place of an
-    initialization, for all sites or some. `choose` decides once, after the initialization, which
-    blocks are trained further, and for which part of sampling; none: all of them, from
-    `settings.start` on. `plan` then gives the settings with the steps to train, from the pace that
-    is measured here; a run that is resumed within its steps keeps them, and one that is done asks
-    for more. Without it the steps are those of `settings`. `folder` takes the states; one that
-    holds a state is resumed, or refused where `resume` is False. `progress` hears the share done of
-    the initialization, and may raise to stop it. Closing the generator, as an interrupt does, saves
-    first. `engine` computes the steps; none: this process alone. With many processes an error saves
-    nothing, since the others are not where it was. Raises DistillationError at the call, before any
-    data is drawn or anything is changed, where the settings, the recipe or the folder's state do
-    not fit, and at the first record where another run is writing to the folder.
+    `recipe` maps site → BlockPlan, (kernel, scales), these and heads, or a kernel alone. A
+    `dataset` that is a function is called once, at the first record. `start` holds blocks to go on
+    from in place of an initialization, for all sites or some. `choose` decides once, after the
+    initialization, which blocks are trained further, and for which part of sampling; none: all of
+    them, from `settings.start` on. `plan` then gives the settings with the steps to train, from the
+    pace that is measured here; a run that is resumed within its steps keeps them, and one that is
+    done asks for more. Without it the steps are those of `settings`. `folder` takes the states; one
+    that holds a state is resumed, or refused where `resume` is False. `progress` hears the share
+    done of the initialization, and may raise to stop it. Closing the generator, as an interrupt
+    does, saves first. `engine` computes the steps; none: this process alone. With many processes an
+    error saves nothing, since the others are not where it was. Raises DistillationError at the
+    call, before any data is drawn or anything is changed, where the settings, the recipe or the
+    folder's state do not fit, and at the first record where another run is writing to the folder.
     """
     plans = read_plan(recipe, teacher.dims)
     given = {site: block for site, block in (start or {}).items() if site in plans}
     for site, block in given.items():
-        # A block to go on from keeps its biases, which a recipe need not name.
-        plans[site] = replace(plans[site], biased=block.biased)
+        # A block to go on from keeps its biases and heads, which a recipe need not name.
+        heads = plans[site].heads or block.heads
+        plans[site] = replace(plans[site], biased=block.biased, heads=heads)
     if settings.joint.steps and teacher.why_not_differentiable:
         raise DistillationError(f"The joint stage cannot run: {teacher.why_not_differentiable}")
     identity = {
@@ -104,8 +105,10 @@ def distill(
 
 
 def _plain(plan: BlockPlan) -> list:
-    """What a state says of a site; states from before there were biases say the same."""
+    """What a state says of a site; states from before there were biases, or heads, say the same."""
     plain = [plan.kernel, list(plan.scales)]
+    if plan.heads:
+        return [*plain, list(plan.biased), plan.heads]
     return [*plain, list(plan.biased)] if plan.biased else plain
 
 
@@ -192,7 +195,7 @@ class _Run:
                 lambda blocks: initialize(
                     {site: block for site, block in blocks.items() if site in self.untrained},
                     self._replay(data),
-                    self.teacher.values,
+                    self.teacher.maps,
                     torch.Generator().manual_seed(self.settings.seed),
                     self.progress,
                 ),

@@ -53,6 +53,7 @@ class Recipe:
             if block:
                 scales = ",".join(map(_scale_text, block.scales))
                 what = f"replace kernel={block.kernel} scales={scales}"
+                what += f" heads={block.heads}" if block.heads else ""
             note = self.notes.get(path)
             lines.append(f"{path}: {what}" + (f"  # {note}" if note else ""))
         return "\n".join(lines) + "\n"
@@ -60,6 +61,8 @@ class Recipe:
 
 def parse_recipe(text: str, sites: Collection[str] | None = None) -> Recipe:
     """Text of lines `path: keep` or `path: replace kernel=9 scales=1,1/2` → Recipe.
+
+    `heads=8` behind gives the block an attention over pooled tokens, with the layer's own heads.
 
     A line `start: 0.3` says from where in sampling blocks act; no site can be called start. `#`
     begins a comment. If `sites` are given, those that the text does not name are kept. Raises
@@ -227,12 +230,13 @@ def _block(number: int, text: str) -> BlockPlan | None:
     if word == "keep" and not settings:
         return None
     if word != "replace":
-        raise _refuse(number, "keep, or replace with kernel= and scales=", text)
+        raise _refuse(number, "keep, or replace with kernel=, scales= and heads=", text)
     values = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if name not in ("kernel", "scales") or not equals or name in values:
-            raise _refuse(number, "kernel= and scales= once each, without spaces inside", setting)
+        if name not in ("kernel", "scales", "heads") or not equals or name in values:
+            expected = "kernel=, scales= and heads= once each, without spaces inside"
+            raise _refuse(number, expected, setting)
         values[name] = value
     if "kernel" not in values:
         raise _refuse(number, "replace with kernel=", text)
@@ -244,7 +248,10 @@ def _block(number: int, text: str) -> BlockPlan | None:
         scales = tuple(_scale(number, part) for part in values["scales"].split(","))
         if len(set(scales)) < len(scales):
             raise _refuse(number, "scales that differ", values["scales"])
-    return BlockPlan(int(kernel), scales)
+    heads = values.get("heads", "0")
+    if not re.fullmatch(r"[0-9]{1,3}", heads):
+        raise _refuse(number, "a number of heads, 0 for no pooled tokens", heads)
+    return BlockPlan(int(kernel), scales, heads=int(heads))
 
 
 def _scale_text(scale: float) -> str:

@@ -136,7 +136,9 @@ def weights_of_blocks(
         raise WeightsError(f"Expected blocks with one gate, got {sorted(gates)} in {len(blocks)}.")
     return DeltaConvWeights(
         sites={
-            site: BlockGeometry(block.dim, block.kernel_size, len(block.scales), block.biased)
+            site: BlockGeometry(
+                block.dim, block.kernel_size, len(block.scales), block.biased, block.heads
+            )
             for site, block in blocks.items()
         },
         scales={site: block.scales for site, block in blocks.items()},

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 from ...deltaconv.distillation.teacher import Look
-from ...deltaconv.locality.attention import ValueMap
+from ...deltaconv.locality.attention import AttentionMaps
 from .encoded import EncodedConditions
 from .fingerprint import fingerprint
 from .object_patches import restore_in_reverse
@@ -183,8 +183,8 @@ class ComfyTeacher:
         return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
 
     @torch.no_grad()
-    def values(self, site: str) -> ValueMap | None:
-        """The site's value map, including LoRA, casting and storage."""
+    def maps(self, site: str) -> AttentionMaps | None:
+        """The site's linear maps, including LoRA, casting and storage."""
         module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
         dim = self.dims[site]
         basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
@@ -194,7 +194,7 @@ class ComfyTeacher:
             rows = layer(basis)[0]
             return (rows[:dim] - rows[dim]).float().T.contiguous()
 
-        return self.model_sites.values(module, matrix)
+        return self.model_sites.maps(module, matrix)
 
     def _differentiable(self, clone: ModelPatcher) -> ModelPatcher:
         parameters = clone.model.diffusion_model.parameters()

@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv.families import families_of
-from ....deltaconv.locality.attention import ValueMap
+from ....deltaconv.locality.attention import AttentionMaps
 
 Size = tuple[int, int]
 
@@ -144,10 +144,10 @@ class ModelSites(ABC):
         """
 
     @abstractmethod
-    def values(
+    def maps(
         self, module: torch.nn.Module, affine: Callable[[Callable], torch.Tensor]
-    ) -> ValueMap | None:
-        """The value map of a site's module; None where its keys are not the map's own tokens.
+    ) -> AttentionMaps | None:
+        """The linear maps of a site's module; None where its keys are not the map's own tokens.
 
         `affine` gives the matrix [out, in] of a layer as it acts, without what it adds.
         """

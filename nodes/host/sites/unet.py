@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv.families import resolution_level
 from ....deltaconv.flops import halved
-from ....deltaconv.locality.attention import ValueMap
+from ....deltaconv.locality.attention import AttentionMaps
 from .base import (
     GIVEN,
     OTHERS,
@@ -102,8 +102,9 @@ class UNetSites(ModelSites):
         own = {**options, "activations_shape": [len(x), 0, rows, columns]}
         return {"transformer_options": own}
 
-    def values(self, module, affine) -> ValueMap | None:
-        return ValueMap(affine(module.to_v), module.heads)
+    def maps(self, module, affine) -> AttentionMaps | None:
+        value, query, key = map(affine, (module.to_v, module.to_q, module.to_k))
+        return AttentionMaps(value, module.heads, query, key)
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix("attn1") + "norm2"

@@ -1,0 +1,62 @@
+"""Attention over the means of a map's cells: what a block's convolutions cannot carry across it."""
+
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, scaled_dot_product_attention
+
+# The map is pooled to at most so many rows and columns, whatever its size: 64 tokens.
+SIDE = 8
+
+
+def token_means(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, W, C] → means [B, rows, columns, C] of its cells, at most SIDE each way."""
+    rows, columns = (min(size, SIDE) for size in x.shape[1:3])
+    return adaptive_avg_pool2d(x.movedim(-1, 1), (rows, columns)).movedim(1, -1)
+
+
+def spread(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """tokens [B, rows, columns, C] → [B, H, W, C], bilinear."""
+    maps = tokens.movedim(-1, 1)
+    return interpolate(maps, (height, width), mode="bilinear", align_corners=False).movedim(1, -1)
+
+
+class PooledAttention(nn.Module):
+    """x [B, H, W, C] → [B, H, W, C]: self-attention of at most 64 pooled tokens, spread out.
+
+    y = spread(out(softmax(scale · q·kᵀ)·v)), with q, k, v = qkv(token_means(x)) and a learned scale
+    per head. `heads` divide `dim`, C. Its cost does not grow with the map but for pooling and
+    spreading. Our own, in no published file. `operations` supplies `Linear`, see DeltaConvBlock.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        operations: ModuleType | type = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        size = dim // heads
+        self.scale = nn.Parameter(torch.full((heads,), size**-0.5, **factory))
+        self.qkv = operations.Linear(dim, 3 * dim, bias=False, **factory)
+        self.out = operations.Linear(dim, dim, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return spread(self.out(self.mixed(x)), *x.shape[1:3])
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, H, W, C] → [B, rows, columns, C]: what every token sees, before `out`."""
+        means = token_means(x)
+        batch, rows, columns, dim = means.shape
+        tokens = self.qkv(means.reshape(batch, rows * columns, dim))
+        heads = tokens.unflatten(-1, (3, len(self.scale), -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        scale = self.scale.to(q.device, q.dtype)
+        seen = scaled_dot_product_attention(q * scale[:, None, None], k, v, scale=1.0)
+        return seen.transpose(1, 2).reshape(batch, rows, columns, dim)
