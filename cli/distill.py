@@ -14,6 +14,8 @@ The configuration is a YAML file, all of its entries optional; without one the d
     samples: 64                  # how many of them
     size: 64                     # width and height of the pictures in pixels; default: the model's
     recipe: {<site>: [9, [1, 0.5]]}   # or a kernel alone; default: all sites, 11, 9, 7 by level
+    kernels: by size             # or 5 and pooled tokens: small kernels beside an attention over
+                                 # 64 means of the map, closer to the model's pictures
     choice: balanced             # without a recipe: which layers and steps get blocks; faithful
                                  # saves less time, fastest takes all of them
     minutes: 10                  # how long it may take; default: the steps of the settings
@@ -88,7 +90,7 @@ def distill_as(configuration: "Configuration") -> None:
 
 def _distill(configuration: "Configuration", engine: "Engine") -> None:
     from ..deltaconv import write_weights
-    from ..deltaconv.distillation import default_kernels, distill, weights_of
+    from ..deltaconv.distillation import default_kernels, distill, plans_with_tokens, weights_of
     from ..deltaconv.distillation.choice import FASTEST
     from ..deltaconv.distillation.settings import read_plan
     from ..nodes.host.distill_time import TimeBudget
@@ -105,7 +107,11 @@ def _distill(configuration: "Configuration", engine: "Engine") -> None:
                 engine.rows(stage)
         encoders = not configuration.store
         teacher = load_teacher(configuration, settings, joint=bool(budget), encoders=encoders)
-        recipe = configuration.recipe or default_kernels(teacher.model_sites.levels)
+        recipe = configuration.recipe
+        if not recipe and configuration.kernels == "by size":
+            recipe = default_kernels(teacher.model_sites.levels)
+        elif not recipe:
+            recipe = plans_with_tokens(teacher)
         folder.mkdir(parents=True, exist_ok=True)
         # Before the teacher is loaded: a CLIP or VAE that needs its memory would push it out.
         inputs = chosen_inputs(configuration, teacher, budget.enough_samples, engine)

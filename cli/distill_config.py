@@ -21,6 +21,7 @@ class Configuration(BaseModel):
     samples: int = Field(64, ge=1, le=10**6)
     size: int | None = Field(None, ge=1, le=10**6)
     recipe: dict[Any, Any] = {}
+    kernels: Literal["by size", "5 and pooled tokens"] = "by size"
     choice: Literal["balanced", "faithful", "fastest"] = "balanced"
     minutes: float | None = Field(None, gt=0, le=10**6, allow_inf_nan=False)
     gate: Literal["scaled", "sigmoid"] = "scaled"

@@ -66,7 +66,9 @@ class DeltaConvDistillSettings(Node):
                 options=list(KERNELS),
                 default=_DEFAULT.kernels,
                 tooltip="Of layers without a recipe: those of the published weights for this kind "
-                "of model, or 11, 9 and 7 from the largest map to the smallest.",
+                "of model, or 11, 9 and 7 from the largest map to the smallest. 5 and pooled "
+                "tokens: small kernels beside an attention over 64 means of the map, our own kind "
+                "of block, closer to the model's pictures; for SD1.x, SD2.x and SDXL.",
             ),
             io.Int.Input(
                 "layer_steps",

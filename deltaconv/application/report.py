@@ -214,6 +214,8 @@ def _computation(facts: ApplicationFacts) -> str:
 def _kernels(facts: ApplicationFacts) -> str:
     counts = Counter(facts.weights.sites[site].kernel_size for site in facts.replaced)
     kernels = ", ".join(f"{kernel} × {kernel} in {counts[kernel]}" for kernel in sorted(counts))
+    tokens = sum(facts.weights.sites[site].heads > 0 for site in facts.replaced)
+    kernels += f", pooled tokens in {tokens}" if tokens else ""
     other = "" if facts.gate == facts.weights.gate else f" (the weights say {facts.weights.gate})"
     return f"kernels {kernels}; gate {facts.gate}{other}"
 

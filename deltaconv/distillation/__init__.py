@@ -1,6 +1,7 @@
 """Distillation of a teacher's self-attention into ΔConvBlocks, independent of the host."""
 
 from .data import Dataset, Trajectory
+from .initialization import plans_with_tokens
 from .presets import PRESETS, code_settings, default_settings, paper_settings
 from .record import Record, weights_of
 from .settings import DistillationError, DistillationSettings, StageSettings, default_kernels
@@ -22,6 +23,7 @@ __all__ = [
     "distill",
     "in_place_of_attention",
     "paper_settings",
+    "plans_with_tokens",
     "sample",
     "weights_of",
 ]

@@ -134,7 +134,8 @@ class Application:
         # Make symbolic sizes of a compiler concrete: every size has its own choice.
         batch, *size = map(operator.index, (x.shape[0], *size))
         size = tuple(size)
-        numbers = tuple(map(operator.index, (site.dim, site.parameters, block.kernel_size)))
+        counts = (site.dim, site.parameters, block.kernel_size, block.heads)
+        numbers = tuple(map(operator.index, counts))
         layer = (x.device, x.dtype, batch, numbers, block.scales, block.gate)
         if not self.where_faster:
             result, saved = _SAVINGS.run((layer, size), x.device, convolve, attend)

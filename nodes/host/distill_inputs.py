@@ -28,6 +28,11 @@ class DistillInputs:
         """Whether the authors' kernels are taken where they ship some for the model's family."""
         return self.options.kernels == KERNELS[0]
 
+    @property
+    def tokens(self) -> bool:
+        """Whether blocks have pooled tokens, and small kernels."""
+        return self.options.kernels == KERNELS[2]
+
     def settings(self) -> DistillationSettings:
         """The preset with everything that the nodes set; no steps where they are planned."""
         options = self.options

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ...deltaconv.locality.recipe import Recipe
     from ...deltaconv.weights.model import DeltaConvWeights
 
-KERNELS = ("published, else by size", "by size")
+KERNELS = ("published, else by size", "by size", "5 and pooled tokens")
 # The widget's option → the preset whose losses it stands for.
 LOSSES = {"ours": "default", "published": "paper", "authors' code (SD1.5)": "code-sd15"}
 INITIALIZATIONS = ("informed", "random")

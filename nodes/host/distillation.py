@@ -17,6 +17,7 @@ from ...deltaconv.distillation import (
     Record,
     default_kernels,
     distill,
+    plans_with_tokens,
     weights_of,
 )
 from ...deltaconv.distillation.checkpoint import saved_seed, saved_steps
@@ -155,6 +156,8 @@ def _recipe(teacher: ComfyTeacher, inputs: DistillInputs) -> dict[str, BlockPlan
         return recipe.replaced
     if start is not None:
         return {site: block.plan(start.scales[site]) for site, block in start.sites.items()}
+    if inputs.tokens:
+        return plans_with_tokens(teacher)
     published = FAMILIES.get(teacher.family) if inputs.published else None
     by_size = default_kernels(teacher.model_sites.levels)
     return {

@@ -352,6 +352,15 @@ def test_recipe_chooses_sites_and_kernels(model):
     assert weights.sites[site].kernel_size == 3 and weights.scales[site] == (1.0,)
 
 
+def test_kernels_with_pooled_tokens_have_the_layers_own_heads(model):
+    weights, _, _ = node(
+        model, kernels="5 and pooled tokens", layer_steps=1, initialization="informed"
+    )
+    heads = {geometry.dim: geometry.heads for geometry in weights.sites.values()}
+    assert heads == {64: 2, 128: 4}
+    assert {geometry.kernel_size for geometry in weights.sites.values()} == {5}
+
+
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x"])
 def test_folders_outside_are_refused(model, name):
     with pytest.raises(ValueError, match="below"):

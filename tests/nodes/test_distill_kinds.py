@@ -105,6 +105,13 @@ def test_three_stages_from_latents_leave_the_base_as_it_was(kind, model, reloads
     assert torch.equal(kind.sample(model, 1), stock)
 
 
+def test_pooled_tokens_are_refused_before_anything_is_drawn(kind, model, tmp_path):
+    """Positions or norms stand between these models' maps and what their attention compares."""
+    with pytest.raises(ValueError, match=f"linear in the map .* got another at {kind.sites[0]}"):
+        node(kind, model, kernels="5 and pooled tokens")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.any_comfyui
 def test_own_samples_are_drawn_judged_and_chosen_from(kind, model, monkeypatch):
     from comfyui_deltaconv.nodes.choose import DeltaConvChoose

@@ -106,6 +106,7 @@ blocks = (
         st.lists(
             st.sampled_from([1.0, 0.5, 1 / 3, 0.25, 0.2525, 0.123456789]), min_size=1, unique=True
         ).map(tuple),
+        heads=st.sampled_from([0, 1, 8, 20]),
     )
     | st.none()
 )
@@ -125,11 +126,19 @@ def test_text_is_read_back(chosen, start):
         if expected:
             assert block.kernel == expected.kernel
             assert block.scales == expected.scales
+            assert block.heads == expected.heads
 
 
 def test_sites_that_the_text_leaves_out_are_kept():
     recipe = parse_recipe(f"{UP}: replace kernel=9", (DOWN, MIDDLE, UP))
     assert recipe.blocks == {DOWN: None, MIDDLE: None, UP: BlockPlan(9)}
+
+
+def test_heads_of_pooled_tokens_stand_behind():
+    recipe = parse_recipe(f"{UP}: replace kernel=5 heads=8\n{MIDDLE}: replace kernel=5 heads=0")
+    assert recipe.blocks == {UP: BlockPlan(5, heads=8), MIDDLE: BlockPlan(5)}
+    assert f"{UP}: replace kernel=5 scales=1,1/2 heads=8\n" in recipe.to_text()
+    assert recipe.to_text().count("heads") == 1
 
 
 def test_the_start_is_a_line_of_its_own():
@@ -170,6 +179,9 @@ def test_the_start_is_a_line_of_its_own():
         (f"{UP}: replace kernel=9 scales=1/0", 1, "scales such as 1,1/2"),
         (f"{UP}: replace kernel=9 scales=3/2", 1, "scales such as 1,1/2"),
         (f"{UP}: replace kernel=9 scales=1,1", 1, "expected scales that differ"),
+        (f"{UP}: replace kernel=9 heads=-1", 1, "a number of heads, 0 for no pooled tokens"),
+        (f"{UP}: replace kernel=9 heads=", 1, "a number of heads"),
+        (f"{UP}: replace kernel=9 heads=8 heads=8", 1, "once each"),
         (f"{UP}: keep\n{UP}: keep", 2, "each site once, first in line 1"),
         ("blocks.0.attn: keep", 1, "expected one of the 3 sites of this model"),
     ],
@@ -184,6 +196,6 @@ def test_refuses_with_line_and_reason(text, line, reason):
 @given(st.text())
 def test_any_text_is_read_or_refused(text):
     try:
-        assert parse_recipe(text).steps
+        assert parse_recipe(text).blocks
     except RecipeError as error:
         assert "xpected" in str(error)

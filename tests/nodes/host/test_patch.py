@@ -8,7 +8,7 @@ from dataclasses import replace
 import patched_models as models
 import pytest
 import torch
-from comfyui_deltaconv.deltaconv import WeightsError
+from comfyui_deltaconv.deltaconv import DeltaConvBlock, WeightsError
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 from safetensors.torch import load_file
 
@@ -176,6 +176,58 @@ def test_compute_dtypes(base, weights, dtype):
     # As far from float32 as the stock model is in the same dtype, within a factor.
     budget = max((alone - sample(base)).norm() * 4, 1e-4 * reference.norm())
     assert (got - reference).norm() < budget
+
+
+@pytest.fixture
+def with_tokens(weights):
+    """The same blocks with an attention over pooled tokens beside each, from nothing."""
+    blocks = {}
+    torch.manual_seed(4)
+    for site, geometry in weights.sites.items():
+        block = DeltaConvBlock(geometry.dim, geometry.kernel_size, heads=2)
+        block.load_state_dict(weights.state(site), strict=False)
+        block.tokens.scale.data.mul_(3)
+        blocks[site] = block
+    return weights_of_blocks(blocks, family=weights.family)
+
+
+def test_pooled_tokens_are_applied_as_they_are_distilled(base, weights, with_tokens):
+    """By the diffusion model itself, against a call of every block in place of its attention."""
+    from comfyui_deltaconv.nodes.host.sites import find_sites
+
+    patched, report = apply(base, with_tokens)
+    assert "pooled tokens in 10" in report
+    seen = {}
+    (blocks,) = patched.get_additional_models_with_key("deltaconv")
+    for site in weights.sites:
+
+        def keep(module, arguments, result, site=site):
+            seen[site] = arguments[0].clone(), result.clone()
+
+        blocks.model[site].register_forward_hook(keep)
+    student = sample(patched)
+    assert len(seen) == len(find_sites(base).sites)
+    for site, (x, y) in seen.items():
+        block = with_tokens.block(site)
+        assert (block(x.float()) - y).abs().max() < 1e-4 * y.abs().max()
+    assert not torch.allclose(student, sample(apply(base, weights)[0]), atol=1e-2)
+    assert torch.equal(sample(patched), student)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pooled_tokens_compute_in_the_models_dtype(base, with_tokens, dtype):
+    reference, stock = sample(apply(base, with_tokens)[0]), sample(base)
+    model = base.clone()
+    model.set_model_compute_dtype(dtype)
+    got = sample(apply(model, with_tokens)[0])
+    budget = max((sample(model) - stock).norm() * 4, 1e-4 * reference.norm())
+    assert (got - reference).norm() < budget
+
+
+@pytest.mark.parametrize("size", [(24, 40), (13, 22), (4, 4), (1, 9)])
+def test_pooled_tokens_take_maps_of_any_size(base, with_tokens, size):
+    patched, _ = apply(base, with_tokens)
+    assert sample(patched, size, batch=2).isfinite().all()
 
 
 def test_two_files_on_two_clones(base, weights, other_weights):
