@@ -5,7 +5,7 @@ import torch
 from comfyui_deltaconv.deltaconv import DeltaConvBlock, read_weights, write_weights
 from comfyui_deltaconv.deltaconv.flops import block_flops
 from comfyui_deltaconv.deltaconv.geometry import BlockGeometry, BlockPlan, read_geometry
-from comfyui_deltaconv.deltaconv.tokens import SIDE, PooledAttention
+from comfyui_deltaconv.deltaconv.tokens import SIDE
 from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 from einops import einsum, rearrange
 from hypothesis import given, settings
@@ -180,3 +180,19 @@ def test_operations_of_the_tokens_are_counted():
     # Four projections of 64 tokens, their scores and sums; fewer on a map with fewer cells.
     assert added(64, 32) == added(8, 8) == 2 * (4 * 64 * 64 + 2 * 64 * 64 * 8)
     assert added(4, 100) == 2 * (4 * 32 * 64 + 2 * 32 * 32 * 8)
+
+
+def test_a_compiled_block_computes_and_trains_without_a_break():
+    block = block_of().requires_grad_(True)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in ((7, 5), (16, 9)):
+        x = torch.randn(2, *size, 8)
+        gradients = []
+        for function in (block, compiled):
+            function(x).square().sum().backward()
+            gradients.append([parameter.grad for parameter in block.parameters()])
+            block.zero_grad()
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), block(x))

@@ -5,8 +5,8 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-import toy_teacher as toy
 import torch
+import toy_teacher as toy
 from comfyui_deltaconv.deltaconv import DeltaConvBlock, read_weights, write_weights
 from comfyui_deltaconv.deltaconv.distillation import (
     DistillationError,
@@ -103,7 +103,9 @@ def test_training_lowers_the_error_and_the_file_has_the_tokens(tmp_path):
     records = run(TOKENS, settings)
     losses = [r.loss for r in records if r.stage == "layers"]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
-    written = write_weights(weights_of(records[-1].student, toy.ToyTeacher(), settings), tmp_path / "a.safetensors")
+    written = write_weights(
+        weights_of(records[-1].student, toy.ToyTeacher(), settings), tmp_path / "a.safetensors"
+    )
     assert {g.heads for g in read_weights(written).sites.values()} == {2}
 
 
@@ -155,9 +157,9 @@ def test_layers_that_tokens_cannot_begin_are_named():
     teacher = toy.ToyTeacher()
     maps = teacher.maps
     teacher.maps = lambda site: replace(maps(site), key=None) if site == "second" else maps(site)
-    with pytest.raises(DistillationError, match="linear in the map for pooled tokens.* at second"):
+    with pytest.raises(DistillationError, match=r"pooled tokens, .* at second"):
         plans_with_tokens(teacher)
-    with pytest.raises(DistillationError, match="linear in the map for pooled tokens.* at second"):
+    with pytest.raises(DistillationError, match=r"pooled tokens, .* at second"):
         run(TOKENS, toy.toy_settings(init="informed"), teacher)
     teacher.maps = lambda site: None
     with pytest.raises(DistillationError, match="at first"):
