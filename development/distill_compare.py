@@ -13,6 +13,8 @@ from .distill_demo import mean_psnr
 RATES = (0.3, 1.0, 3.0, 10.0)
 # Preset → its name in the figures: the paper's losses, and those of the authors' code for SD1.5.
 AUTHORS = {"paper": "published losses", "code-sd15": "features alone, as the code for SD1.5"}
+# Ours with blocks of our own kind; the other two train published ones.
+TOKENS = "pooled tokens"
 # Of the time of a whole run, for each rate.
 SEARCH = 0.25
 # Prompts of the error along sampling.
@@ -38,26 +40,27 @@ TWELVE = (
 def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "paper") -> dict:
     """Ours and the preset `against` for `minutes` per seed on the demo teacher; figures by recipe.
 
-    Both at batch 8. Each recipe first runs seed 0 at each of `RATES` times its own rate, for a
-    share of the time; the rate with the least error on held-out noise is used. A time is so many
-    steps as fit it at the pace measured first, so that what else the machine does later changes no
-    figure. The pictures' PSNR is that of seed 0, and so is "along", the error at each step of
-    sampling the first of their prompts from other noise (`measure`); "grown" is their weighted
-    sum. `output` is JSON, written after every run: a comparison of the same settings that was
-    stopped goes on from it.
+    Ours twice: with published blocks, and with pooled tokens. All at batch 8. Each recipe first
+    runs seed 0 at each of `RATES` times its own rate, for a share of the time; the rate with the
+    least error on held-out noise is used. A time is so many steps as fit it at the pace measured
+    first, so that what else the machine does later changes no figure. The pictures' PSNR is that of
+    seed 0, and so is "along", the error at each step of sampling the first of their prompts from
+    other noise (`measure`); "grown" is their weighted sum. `output` is JSON, written after every
+    run: a comparison of the same settings that was stopped goes on from it.
     """
     from ..cli.distill_config import Configuration
     from ..cli.distill_inputs import chosen_data, load_teacher
-    from ..deltaconv.distillation import default_kernels, in_place_of_attention
+    from ..deltaconv.distillation import default_kernels, in_place_of_attention, plans_with_tokens
 
     authors = partial(_authors, against)
-    presets = {AUTHORS[against]: authors, "ours": _ours}
+    presets = {AUTHORS[against]: authors, "ours": _ours, TOKENS: _ours}
     settings = {name: preset((1, 1), 1.0, 0) for name, preset in presets.items()}
     results = _begun(output, {"minutes": minutes, "rates": list(RATES), "search": SEARCH}, settings)
     teacher = load_teacher(Configuration(), authors((0, 1), 1.0, 0))
     with teacher:
         data = chosen_data(Configuration(), teacher)
-        kernels = default_kernels(teacher.model_sites.levels)
+        published = default_kernels(teacher.model_sites.levels)
+        blocks_of = {name: published for name in presets} | {TOKENS: plans_with_tokens(teacher)}
 
         @cache
         def expected():
@@ -72,12 +75,13 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
             output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
         for name, preset in presets.items():
+            kernels = blocks_of[name]
             if f"{name} joint" not in results["seconds"]:
                 results["seconds"] |= _seconds_per_step(teacher, kernels, data, name, preset)
                 print(f"Seconds: {results['seconds']}", flush=True)
                 keep()
 
-            def train(rate, seed, share, name=name, preset=preset):
+            def train(rate, seed, share, name=name, preset=preset, kernels=kernels):
                 steps = _steps_within(minutes * 60 * share, name, results["seconds"])
                 return _train(teacher, kernels, data, preset(steps, rate, seed))
 
@@ -152,10 +156,10 @@ def _steps_within(budget: float, name: str, pace: Mapping[str, float]) -> tuple[
     from ..deltaconv.distillation import default_settings
     from ..deltaconv.distillation.plan import Pace, steps_within, with_steps
 
-    if name != "ours":
+    if name in AUTHORS.values():
         return 0, int(budget / pace[f"{name} joint"])
-    measured = Pace(pace["ours layers"], pace["ours joint"])
-    rest = max(0.0, budget - pace["ours init"])
+    measured = Pace(pace[f"{name} layers"], pace[f"{name} joint"])
+    rest = max(0.0, budget - pace[f"{name} init"])
     planned = steps_within(with_steps(default_settings(), 0, 0), measured, rest)
     return planned.layers.steps, planned.joint.steps
 
@@ -168,7 +172,7 @@ def _seconds_per_step(teacher, kernels, data, name: str, preset) -> dict[str, fl
     settings = preset((0, 1), 1.0, 0)
     layers, joint = (max(2, stage.updates) for stage in (settings.layers, settings.joint))
     # As many steps as two passes of the base serve.
-    steps = (2 * layers if name == "ours" else 0, max(5, 2 * joint))
+    steps = (0 if name in AUTHORS.values() else 2 * layers, max(5, 2 * joint))
     for record in distill(teacher, kernels, data, preset(steps, 1.0, 0)):
         after = layers if record.stage == "layers" else joint
         if record.stage == "init" or record.step > after:
