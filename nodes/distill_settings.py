@@ -67,8 +67,8 @@ class DeltaConvDistillSettings(Node):
                 default=_DEFAULT.kernels,
                 tooltip="Of layers without a recipe: those of the published weights for this kind "
                 "of model, or 11, 9 and 7 from the largest map to the smallest. 5 and pooled "
-                "tokens: small kernels beside an attention over 64 means of the map, our own kind "
-                "of block, closer to the model's pictures; for SD1.x, SD2.x and SDXL.",
+                "tokens: small kernels beside an attention over 64 means of the map, a kind of "
+                "block of our own that came closer to the demo model; for SD1.x, SD2.x and SDXL.",
             ),
             io.Int.Input(
                 "layer_steps",
