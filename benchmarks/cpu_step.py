@@ -1,4 +1,4 @@
-"""The demo student's blocks at 64 × 64 on the CPU: as they run now and as first written.
+"""The demo student's blocks at 64 × 64 on the CPU: as they run now, as first written, with tokens.
 
 All ten blocks of one step behind each other, in turns in one process, so that a busy machine is as
 busy for both.
@@ -24,6 +24,8 @@ from . import BenchmarkError
 CPU = torch.device("cpu")
 # The names that earlier results have, too.
 NOW, FIRST = "as dispatched now", "as first written"
+# 5 × 5 kernels beside pooled tokens of the layer's own heads, as `plans_with_tokens` has them.
+TOKENS = "5 and pooled tokens"
 
 
 def _load() -> tuple[float, float, float] | None:
@@ -56,6 +58,7 @@ def run(batch: int, repeats: int, path: Path | None = None) -> dict:
     weights = read_weights(demo.DELTACONV_PATH)
     levels = demo.unet_config()["num_res_blocks"]
     generator, calls = torch.Generator().manual_seed(0), []
+    head_size, pooled = demo.unet_config()["num_head_channels"], []
     for site in weights.sites:
         block = weights.block(site).float()
         side = halved(demo.NATIVE_SIZE, resolution_level(site, levels))
@@ -65,9 +68,11 @@ def run(batch: int, repeats: int, path: Path | None = None) -> dict:
                 f"Expected both formulations to agree at {site}; nothing was timed."
             )
         calls.append((block, x))
+        pooled.append((DeltaConvBlock(block.dim, 5, heads=block.dim // head_size), x))
     ways = {
         NOW: lambda: [block(x) for block, x in calls],
         FIRST: lambda: [first_written(block, x) for block, x in calls],
+        TOKENS: lambda: [block(x) for block, x in pooled],
     }
     report = {
         "environment": environment(CPU) | {"cores": os.cpu_count(), "load": _load()},

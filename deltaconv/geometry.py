@@ -12,7 +12,7 @@ SCALES_BY_COUNT = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 1 / 3)}
 _DEPTHWISE = re.compile(r"gates\.(\d+)\.conv_spatial\.weight")
 _DEPTHWISE_BIAS = re.compile(r"gates\.(\d+)\.conv_spatial\.bias")
 # Our own, in no published file: its length is the number of heads.
-_HEADS = "tokens.scale"
+_HEADS = "tokens.scale.weight"
 # Tensors that may be missing, and are zero then; the depthwise biases are the others.
 _OPTIONAL = {"conv_up.bias"}
 

@@ -22,6 +22,14 @@ def spread(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return interpolate(maps, (height, width), mode="bilinear", align_corners=False).movedim(1, -1)
 
 
+class HeadScale(nn.Module):
+    """A factor [heads] of every head's scores; a module, since ComfyUI moves those."""
+
+    def __init__(self, heads: int, value: float, *, dtype=None, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((heads,), value, dtype=dtype, device=device))
+
+
 class PooledAttention(nn.Module):
     """x [B, H, W, C] → [B, H, W, C]: self-attention of at most 64 pooled tokens, spread out.
 
@@ -41,8 +49,7 @@ class PooledAttention(nn.Module):
     ):
         super().__init__()
         factory = {"dtype": dtype, "device": device}
-        size = dim // heads
-        self.scale = nn.Parameter(torch.full((heads,), size**-0.5, **factory))
+        self.scale = HeadScale(heads, (dim // heads) ** -0.5, **factory)
         self.qkv = operations.Linear(dim, 3 * dim, bias=False, **factory)
         self.out = operations.Linear(dim, dim, bias=False, **factory)
 
@@ -52,11 +59,13 @@ class PooledAttention(nn.Module):
 
     def mixed(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, W, C] → [B, rows, columns, C]: what every token sees, before `out`."""
-        means = token_means(x)
-        batch, rows, columns, dim = means.shape
-        tokens = self.qkv(means.reshape(batch, rows * columns, dim))
-        heads = tokens.unflatten(-1, (3, len(self.scale), -1))
+        return self.attended(self.qkv(token_means(x)))
+
+    def attended(self, projected: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of the tokens [B, rows, columns, 3C] → [B, rows, columns, C]."""
+        batch, rows, columns, width = projected.shape
+        scale = self.scale.weight.to(projected)
+        heads = projected.view(batch, rows * columns, 3, len(scale), -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        scale = self.scale.to(q.device, q.dtype)
         seen = scaled_dot_product_attention(q * scale[:, None, None], k, v, scale=1.0)
-        return seen.transpose(1, 2).reshape(batch, rows, columns, dim)
+        return seen.transpose(1, 2).reshape(batch, rows, columns, width // 3)

@@ -26,13 +26,12 @@ from einops import rearrange, repeat
 
 from ...kernels import gated_pyramid
 from ..block import DeltaConvBlock
-from ..geometry import BlockPlan
-from ..locality.attention import AttentionMaps
-from ..tokens import spread
+from ..locality.attention import ValueMap
+from ..tokens import PooledAttention, spread, token_means
 from .least_squares import Sums, fit, leading_directions, without
 from .offsets import OffsetMeans
 from .settings import DistillationError
-from .teacher import Teacher, Visit
+from .teacher import Visit
 
 
 class Replay(Protocol):
@@ -52,24 +51,21 @@ _Candidate = tuple[float, torch.Tensor, int | None]
 def initialize(
     blocks: Mapping[str, DeltaConvBlock],
     replay: Replay,
-    maps_of: Callable[[str], AttentionMaps | None],
+    value_map: Callable[[str], ValueMap | None],
+    projections: Callable[[str], torch.Tensor],
     generator: torch.Generator,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
     """Set every block (site → block, on the CPU) from the teacher; site → held-out relative error.
 
-    `maps_of(site)` returns the layer's linear maps, or None where its attention is not over the map
-    itself. `progress` hears the share done. The error is measured on the other
+    `value_map(site)` returns the layer's value map, or None where its attention is not over the map
+    itself; `projections(site)` those to its queries, keys and values [3C, C], asked for where a
+    block has pooled tokens. `progress` hears the share done. The error is measured on the other
     half of the draws, each with its own noise; one image may be in both halves. It is at most 1,
     that of a block that returns zero. Raises DistillationError, before any block is changed, where
-    the activations are not finite, or a block has pooled tokens that its layer cannot begin.
+    the activations are not finite.
     """
-    maps = {site: maps_of(site) for site in blocks}
-    projections = {
-        site: _own_projections(site, block, maps[site])
-        for site, block in blocks.items()
-        if block.heads
-    }
+    maps = {site: value_map(site) for site in blocks}
     offsets = _mean_offsets(maps, replay, generator)
     # A layer whose q and k nobody can see has no mean attention.
     maps = {site: values if site in offsets else None for site, values in maps.items()}
@@ -85,7 +81,7 @@ def initialize(
         progress(0.35 + 0.15 * index / len(blocks))
         _set_channels(block, sums.pop(site), maps[site], offsets.get(site))
         if block.heads:
-            block.tokens.qkv.weight.copy_(projections[site])
+            block.tokens.qkv.weight.copy_(projections(site))
     return _solve(blocks, replay, lambda share: progress(0.5 + share / 2), from_zero=True)
 
 
@@ -101,41 +97,6 @@ def refit(
     power of the layer's output. All other parameters stay; valid at any time in training.
     """
     return _solve(blocks, replay, progress, from_zero=False)
-
-
-def plans_with_tokens(teacher: Teacher) -> dict[str, BlockPlan]:
-    """Every site of the teacher: pooled tokens with the layer's own heads, kernels of 5 × 5.
-
-    Beside tokens larger kernels brought nothing, and 5 × 5 is the fastest on a CPU. Raises
-    DistillationError where a layer's queries and keys are not linear in its map.
-    """
-    plans = {}
-    for site in teacher.dims:
-        maps = teacher.maps(site)
-        if maps is None or maps.query is None or maps.key is None:
-            raise _not_linear(site)
-        plans[site] = BlockPlan(5, heads=maps.heads)
-    return plans
-
-
-def _not_linear(site: str) -> DistillationError:
-    return DistillationError(
-        "Expected layers whose queries and keys are linear in the map for pooled tokens, as those "
-        f"of SD1.x, SD2.x and SDXL are, got another at {site}. Leave the tokens out."
-    )
-
-
-def _own_projections(site: str, block: DeltaConvBlock, maps: AttentionMaps | None) -> torch.Tensor:
-    """The layer's own query, key and value [3C, C], for its block's pooled tokens."""
-    if maps is None or maps.query is None or maps.key is None:
-        raise _not_linear(site)
-    if maps.heads != block.heads or maps.query.shape != (block.dim, block.dim):
-        raise DistillationError(
-            f"Expected pooled tokens with the {maps.heads} heads of the layer at {site}, "
-            f"{len(maps.query)} channels in all, got {block.heads} and {block.dim}. Change the "
-            "recipe, or begin at random."
-        )
-    return torch.cat((maps.query, maps.key, maps.value))
 
 
 def _solve(
@@ -184,8 +145,13 @@ def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
     mean = x.mean((1, 2), keepdim=True).expand_as(x)
     features = [pyramid, mean]
     if block.heads:
-        features.append(spread(block.tokens.mixed(x), *x.shape[1:3]))
+        features.append(spread(_mixed(block.tokens, x), *x.shape[1:3]))
     return torch.cat([*features, torch.ones_like(x[..., :1])], dim=-1)
+
+
+def _mixed(tokens: PooledAttention, x: torch.Tensor) -> torch.Tensor:
+    """`tokens.mixed(x)` where x, but not the block, may be on an accelerator."""
+    return tokens.attended(F.linear(token_means(x), tokens.qkv.weight.to(x)))
 
 
 def _groups(block: DeltaConvBlock) -> torch.Tensor:
@@ -212,7 +178,7 @@ def _set_outputs(block: DeltaConvBlock, halves: tuple[Sums, Sums], from_zero: bo
 
 
 def _mean_offsets(
-    maps: Mapping[str, AttentionMaps | None], replay: Replay, generator: torch.Generator
+    maps: Mapping[str, ValueMap | None], replay: Replay, generator: torch.Generator
 ) -> dict[str, OffsetMeans]:
     offsets: dict[str, OffsetMeans] = {}
 
@@ -237,7 +203,7 @@ def _mean_offsets(
 
 def _direction_sums(
     blocks: Mapping[str, DeltaConvBlock],
-    maps: Mapping[str, AttentionMaps | None],
+    maps: Mapping[str, ValueMap | None],
     offsets: Mapping[str, OffsetMeans],
     replay: Replay,
 ) -> dict[str, Sums]:
@@ -245,11 +211,11 @@ def _direction_sums(
     sums, carriers = {}, {}
     for site, block in blocks.items():
         heads = maps[site]
-        width = block.dim + (len(heads.value) if heads else 0)
+        width = block.dim + (len(heads.matrix) if heads else 0)
         sums[site] = Sums.empty(width, block.dim)
         if heads:
             kernels = offsets[site].kernels(block.kernel_size, block.scales[0])
-            carriers[site] = (heads.value, kernels)
+            carriers[site] = (heads.matrix, kernels)
 
     def centered(rows):
         return _rows(rows - rows.mean((1, 2), keepdim=True))
@@ -282,7 +248,7 @@ def _carry(values: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 def _set_channels(
     block: DeltaConvBlock,
     sums: Sums,
-    heads: AttentionMaps | None,
+    heads: ValueMap | None,
     offsets: OffsetMeans | None,
 ) -> None:
     """Choose the a channels by energy, give them their kernels, and open the gate."""
@@ -322,16 +288,16 @@ def _set_channels(
                 kernel[..., channel] = per_head.mean(0)
 
 
-def _head_candidates(sums: Sums, dim: int, heads: AttentionMaps, rank: int) -> list[_Candidate]:
+def _head_candidates(sums: Sums, dim: int, heads: ValueMap, rank: int) -> list[_Candidate]:
     """What each head adds to the pointwise part."""
     rest = without(sums, dim)
-    size = len(heads.value) // heads.heads
+    size = len(heads.matrix) // heads.heads
     found: list[_Candidate] = []
     for head in range(heads.heads):
         rows = slice(head * size, (head + 1) * size)
         part = Sums(rest.features[rows, rows], rest.cross[rows], rest.power, rest.count)
         directions, energies = leading_directions(part, min(rank, size))
-        value = heads.value[rows].double().cpu()
+        value = heads.matrix[rows].double().cpu()
         for energy, row in zip(energies.tolist(), directions, strict=True):
             direction = row @ value
             # Unit power of the input, as for the pointwise channels.

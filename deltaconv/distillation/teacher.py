@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..locality.attention import AttentionMaps
+from ..locality.attention import ValueMap
 
 # One image's conditioning, as the host makes it of a prompt; opaque to distillation.
 Condition = object
@@ -66,8 +66,14 @@ class Teacher(Protocol):
     def checkpointing(self, active: bool) -> None:
         """Recompute the base's activations in the backward pass instead of keeping them."""
 
-    def maps(self, site: str) -> AttentionMaps | None:
-        """The site's linear maps; None where its keys are not the map's own tokens."""
+    def values(self, site: str) -> ValueMap | None:
+        """The site's value map; None where its keys are not the map's own tokens."""
+
+    def token_heads(self, site: str) -> int:
+        """The layer's heads, where its scores are of linear maps of C channels alone; else 0."""
+
+    def projections(self, site: str) -> torch.Tensor:
+        """The maps [3C, C] to queries, keys and values, of a site that has `token_heads`."""
 
 
 def in_place_of_attention(

@@ -33,6 +33,7 @@ from .settings import (
 )
 from .student import Student, take_weights
 from .teacher import Teacher
+from .token_plans import check_tokens
 from .training import Training
 
 _T = TypeVar("_T")
@@ -83,6 +84,9 @@ def distill(
         plans[site] = replace(plans[site], biased=block.biased, heads=heads)
     if settings.joint.steps and teacher.why_not_differentiable:
         raise DistillationError(f"The joint stage cannot run: {teacher.why_not_differentiable}")
+    untrained = plans.keys() - given.keys()
+    if settings.init == "informed":
+        check_tokens(teacher, {site: plans[site] for site in untrained})
     identity = {
         "base": teacher.fingerprint,
         "recipe": {"gate": gate, **{site: _plain(plan) for site, plan in plans.items()}},
@@ -98,7 +102,6 @@ def distill(
         take_weights(site, blocks[site], block)
     student = Student(blocks, settings, teacher.device)
     training = Training(student, settings, half_base=teacher.dtype == torch.float16)
-    untrained = blocks.keys() - given.keys()
     return _Run(
         teacher, dataset, training, checkpoints, untrained, choose, plan, progress, engine
     ).records()
@@ -195,7 +198,8 @@ class _Run:
                 lambda blocks: initialize(
                     {site: block for site, block in blocks.items() if site in self.untrained},
                     self._replay(data),
-                    self.teacher.maps,
+                    self.teacher.values,
+                    self.teacher.projections,
                     torch.Generator().manual_seed(self.settings.seed),
                     self.progress,
                 ),

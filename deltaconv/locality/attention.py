@@ -15,17 +15,11 @@ GROUPS = 16
 
 
 @dataclass(frozen=True)
-class AttentionMaps:
-    """The linear maps [E, C] of one attention module to its values, E = heads · head size.
+class ValueMap:
+    """The linear map [E, C] of one attention module to its values, E = heads · head size."""
 
-    `query` and `key` are those to its queries and keys, of which the scores over √(head size) are
-    made; None where these are not linear in the map, with positions or norms say.
-    """
-
-    value: torch.Tensor
+    matrix: torch.Tensor
     heads: int
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

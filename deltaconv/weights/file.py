@@ -11,8 +11,8 @@ and have string metadata:
     deltaconv.training    JSON: how they were trained
     deltaconv.start       share of sampling from which on they act; absent: 0
 
-A block with pooled tokens, which no published file has, adds `tokens.scale` [heads],
-`tokens.qkv.weight` [3C, C] and `tokens.out.weight` [C, C]; see `tokens.PooledAttention`.
+A block with pooled tokens, which no published file has, adds `tokens.scale.weight`
+[heads], `tokens.qkv.weight` [3C, C] and `tokens.out.weight` [C, C]; see `tokens.PooledAttention`.
 
 Published files name them `<diffusers path>.conv1.<published tensor name>`, with prefixes in front,
 other weights beside them, and no metadata.

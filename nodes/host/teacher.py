@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
 
 import comfy.model_management
@@ -13,7 +14,7 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 from ...deltaconv.distillation.teacher import Look
-from ...deltaconv.locality.attention import AttentionMaps
+from ...deltaconv.locality.attention import ValueMap
 from .encoded import EncodedConditions
 from .fingerprint import fingerprint
 from .object_patches import restore_in_reverse
@@ -183,18 +184,32 @@ class ComfyTeacher:
         return self.patcher.get_model_object("manual_cast_dtype") or self.patcher.model.get_dtype()
 
     @torch.no_grad()
-    def maps(self, site: str) -> AttentionMaps | None:
-        """The site's linear maps, including LoRA, casting and storage."""
-        module = comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
-        dim = self.dims[site]
+    def values(self, site: str) -> ValueMap | None:
+        """The site's value map, including LoRA, casting and storage."""
+        return self.model_sites.values(self._module(site), partial(self._matrix, self.dims[site]))
+
+    def token_heads(self, site: str) -> int:
+        """Heads of a layer whose scores are of linear maps of C channels alone; else 0."""
+        found = self.model_sites.projections(self._module(site))
+        return found.heads if found else 0
+
+    @torch.no_grad()
+    def projections(self, site: str) -> torch.Tensor:
+        """The maps [3C, C] to queries, keys and values, including LoRA, casting and storage."""
+        found = self.model_sites.projections(self._module(site))
+        if found is None:
+            raise ValueError(f"Expected a layer with linear queries and keys, got {site}.")
+        return torch.cat([self._matrix(self.dims[site], layer) for layer in found[:3]])
+
+    def _module(self, site: str) -> torch.nn.Module:
+        return comfy.utils.get_attr(self.patcher.model, f"diffusion_model.{site}")
+
+    def _matrix(self, dim: int, layer: Callable) -> torch.Tensor:
+        """The matrix [out, dim] of a layer as it acts, without what it adds."""
         basis = torch.cat([torch.eye(dim), torch.zeros(1, dim)]).to(self.device, self.dtype)[None]
-
-        def matrix(layer) -> torch.Tensor:
-            # Subtract what zero maps to: the bias.
-            rows = layer(basis)[0]
-            return (rows[:dim] - rows[dim]).float().T.contiguous()
-
-        return self.model_sites.maps(module, matrix)
+        # Subtract what zero maps to: the bias.
+        rows = layer(basis)[0]
+        return (rows[:dim] - rows[dim]).float().T.contiguous()
 
     def _differentiable(self, clone: ModelPatcher) -> ModelPatcher:
         parameters = clone.model.diffusion_model.parameters()

@@ -375,6 +375,7 @@ def test_the_demos_blocks_are_timed_against_how_they_were_first_written(
     assert main(line) == 0
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["blocks"] == 10 and found["environment"]["load"]
+    assert set(found["times"]) == {cpu_step.NOW, cpu_step.FIRST, cpu_step.TOKENS}
     assert {timing["samples"] for timing in found["times"].values()} == {1}
     assert "load average" in capsys.readouterr().out
     # Windows has none.

@@ -43,10 +43,10 @@ def definition(tokens, x):
         rearrange(means, "h w b c -> b (h w) c") @ tokens.qkv.weight.T,
         "b n (three heads d) -> three b heads n d",
         three=3,
-        heads=len(tokens.scale),
+        heads=len(tokens.scale.weight),
     )
     scores = einsum(q, k, "b heads n d, b heads m d -> b heads n m")
-    seen = (scores * tokens.scale[:, None, None]).softmax(-1) @ v
+    seen = (scores * tokens.scale.weight[:, None, None]).softmax(-1) @ v
     seen = rearrange(seen, "b heads n d -> b n (heads d)") @ tokens.out.weight.T
     seen = rearrange(seen, "b (h w) c -> b h w c", h=rows)
     shares = weights_of_rows(height, rows), weights_of_rows(width, columns)
@@ -57,7 +57,7 @@ def block_of(dim=8, kernel=3, heads=2, seed=0, **named):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         block = DeltaConvBlock(dim, kernel, heads=heads, **named)
-        block.tokens.scale.data.uniform_(0.2, 2.0)
+        block.tokens.scale.weight.data.uniform_(0.2, 2.0)
     return block.requires_grad_(False)
 
 
@@ -119,7 +119,7 @@ def test_a_scale_in_another_dtype_is_cast():
     block, x = block_of(), torch.randn(1, 8, 8, 8).bfloat16()
     block.bfloat16()
     expected = block(x)
-    block.tokens.scale.data = block.tokens.scale.data.float()
+    block.tokens.scale.weight.data = block.tokens.scale.weight.data.float()
     assert torch.equal(block(x), expected)
 
 
@@ -138,12 +138,15 @@ def test_tensors_alone_say_what_the_block_is():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"tokens.scale": None}, "not part of a block: tokens.out.weight, tokens.qkv.weight"),
+        (
+            {"tokens.scale.weight": None},
+            "not part of a block: tokens.out.weight, tokens.qkv.weight",
+        ),
         ({"tokens.qkv.weight": None}, "missing: tokens.qkv.weight"),
-        ({"tokens.scale": (3,)}, "heads must divide dim"),
-        ({"tokens.scale": (2, 1)}, r"tokens.scale is \[2, 1\], expected \[2\]"),
-        ({"tokens.scale": ()}, r"tokens.scale is \[\], expected \[1\]"),
-        ({"tokens.scale": (0,)}, "not part of a block"),
+        ({"tokens.scale.weight": (3,)}, "heads must divide dim"),
+        ({"tokens.scale.weight": (2, 1)}, r"tokens.scale.weight is \[2, 1\], expected \[2\]"),
+        ({"tokens.scale.weight": ()}, r"tokens.scale.weight is \[\], expected \[1\]"),
+        ({"tokens.scale.weight": (0,)}, "not part of a block"),
         ({"tokens.out.weight": (8, 4)}, r"tokens.out.weight is \[8, 4\], expected \[8, 8\]"),
     ],
 )

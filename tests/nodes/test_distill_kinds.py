@@ -185,7 +185,7 @@ def test_initialization_sees_what_attention_compares(kind, model):
             arguments = (x, sigma, data.conditions)
             stock = teacher.predict(*arguments, in_place_of_attention({}))
             assert torch.equal(teacher.predict(*arguments, visit), stock)
-            values = {site: teacher.maps(site) for site in kind.sites}
+            values = {site: teacher.values(site) for site in kind.sites}
             outputs = {}
 
             def keep(site, x, attend):
@@ -198,7 +198,7 @@ def test_initialization_sees_what_attention_compares(kind, model):
         assert q.shape == k.shape == (2, values[site].heads, x.shape[1] * x.shape[2], q.shape[-1])
         # What a layer does: its mean attention carries the values, and an affine map follows.
         p = (q.double() @ k.double().mT * (scale or q.shape[-1] ** -0.5)).softmax(-1)
-        v = (x.flatten(1, 2).double() @ values[site].value.double().T).unflatten(
+        v = (x.flatten(1, 2).double() @ values[site].matrix.double().T).unflatten(
             -1, (values[site].heads, -1)
         )
         carried = torch.einsum("bhqk,bkhd->bqhd", p, v).flatten(2).flatten(0, 1)

@@ -11,7 +11,7 @@ from comfyui_deltaconv.deltaconv.distillation import (
     StageSettings,
     distill,
 )
-from comfyui_deltaconv.deltaconv.locality.attention import AttentionMaps
+from comfyui_deltaconv.deltaconv.locality.attention import ValueMap
 from einops import rearrange
 
 CHANNELS, SIZE = 16, 12
@@ -58,11 +58,14 @@ class ToyTeacher(torch.nn.Module):
     def checkpointing(self, active):
         pass
 
-    def maps(self, site):
-        value, query, key = (
-            self.sites[site][name].weight.detach() for name in ("value", "query", "key")
-        )
-        return AttentionMaps(value, 2, query, key)
+    def values(self, site):
+        return ValueMap(self.sites[site]["value"].weight.detach(), 2)
+
+    def token_heads(self, site):
+        return 2
+
+    def projections(self, site):
+        return torch.cat([self.sites[site][name].weight for name in ("query", "key", "value")])
 
     def predict(self, x, sigma, conditions, visit=None, features=None):
         self.calls += 1

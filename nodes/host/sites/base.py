@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv.families import families_of
-from ....deltaconv.locality.attention import AttentionMaps
+from ....deltaconv.locality.attention import ValueMap
 
 Size = tuple[int, int]
 
@@ -84,6 +84,15 @@ class Heads(NamedTuple):
     problem: str = ""
 
 
+class Projections(NamedTuple):
+    """The Linears, without biases, to queries, keys and values, and the number of heads."""
+
+    query: torch.nn.Module
+    key: torch.nn.Module
+    value: torch.nn.Module
+    heads: int
+
+
 OnMap = Callable[[SiteCall], torch.Tensor]
 # May return the attention's result [B, N, heads · d], or None to have it computed as it is.
 Inspect = Callable[[Heads], torch.Tensor | None]
@@ -144,13 +153,17 @@ class ModelSites(ABC):
         """
 
     @abstractmethod
-    def maps(
+    def values(
         self, module: torch.nn.Module, affine: Callable[[Callable], torch.Tensor]
-    ) -> AttentionMaps | None:
-        """The linear maps of a site's module; None where its keys are not the map's own tokens.
+    ) -> ValueMap | None:
+        """The value map of a site's module; None where its keys are not the map's own tokens.
 
         `affine` gives the matrix [out, in] of a layer as it acts, without what it adds.
         """
+
+    def projections(self, module: torch.nn.Module) -> Projections | None:
+        """Whence a site's module has its queries, keys and values; None where not from x alone."""
+        return None
 
     @abstractmethod
     def after_residual(self, site: Site) -> str:

@@ -8,7 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ....deltaconv.locality.attention import AttentionMaps
+from ....deltaconv.locality.attention import ValueMap
 from .base import Heads, Inspect, OnMap, Site, Size
 from .transformer import UNKNOWN, Grid, TransformerSites
 
@@ -92,9 +92,9 @@ class HunyuanDiTSites(TransformerSites):
         rope.grid = (1, *self.map_size(site.path, *latent_size))
         return {"freqs_cis_img": rope}
 
-    def maps(self, module, affine) -> AttentionMaps | None:
+    def values(self, module, affine) -> ValueMap | None:
         *_, value = affine(module.Wqkv).chunk(3, dim=0)
-        return AttentionMaps(value, module.num_heads)
+        return ValueMap(value, module.num_heads)
 
     def text_shape(self, diffusion_model: torch.nn.Module) -> Size:
         return diffusion_model.text_len, diffusion_model.text_states_dim

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....deltaconv.locality.attention import AttentionMaps
+from ....deltaconv.locality.attention import ValueMap
 from .base import (
     OTHERS,
     Heads,
@@ -79,11 +79,11 @@ class PixArtSites(ModelSites):
     ) -> dict[str, object]:
         return {"HW": latent_size}
 
-    def maps(self, module, affine) -> AttentionMaps | None:
+    def values(self, module, affine) -> ValueMap | None:
         if module.sr_ratio > 1:
             return None
         *_, value = affine(module.qkv).chunk(3, dim=0)
-        return AttentionMaps(value, module.num_heads)
+        return ValueMap(value, module.num_heads)
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix("attn") + "cross_attn"

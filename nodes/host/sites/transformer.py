@@ -8,7 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ....deltaconv.locality.attention import AttentionMaps
+from ....deltaconv.locality.attention import ValueMap
 from .base import (
     OTHERS,
     Inspect,
@@ -133,8 +133,8 @@ class TransformerSites(ModelSites):
         own = {"transformer_options": {**options, GRID: (1, *size)}}
         return {**own, **self.positions(diffusion_model, x, size)}
 
-    def maps(self, module, affine) -> AttentionMaps | None:
-        return AttentionMaps(affine(getattr(module, self.VALUE)), getattr(module, self.HEADS))
+    def values(self, module, affine) -> ValueMap | None:
+        return ValueMap(affine(getattr(module, self.VALUE)), getattr(module, self.HEADS))
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix(self.ATTENTION) + self.FOLLOWING

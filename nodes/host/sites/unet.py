@@ -7,13 +7,14 @@ from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv.families import resolution_level
 from ....deltaconv.flops import halved
-from ....deltaconv.locality.attention import AttentionMaps
+from ....deltaconv.locality.attention import ValueMap
 from .base import (
     GIVEN,
     OTHERS,
     Inspect,
     ModelSites,
     OnMap,
+    Projections,
     Site,
     SiteCall,
     Size,
@@ -102,9 +103,12 @@ class UNetSites(ModelSites):
         own = {**options, "activations_shape": [len(x), 0, rows, columns]}
         return {"transformer_options": own}
 
-    def maps(self, module, affine) -> AttentionMaps | None:
-        value, query, key = map(affine, (module.to_v, module.to_q, module.to_k))
-        return AttentionMaps(value, module.heads, query, key)
+    def values(self, module, affine) -> ValueMap | None:
+        return ValueMap(affine(module.to_v), module.heads)
+
+    def projections(self, module) -> Projections | None:
+        same = module.to_q.in_features == module.to_q.out_features
+        return Projections(module.to_q, module.to_k, module.to_v, module.heads) if same else None
 
     def after_residual(self, site: Site) -> str:
         return site.path.removesuffix("attn1") + "norm2"

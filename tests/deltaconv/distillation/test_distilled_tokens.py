@@ -1,7 +1,6 @@
 """Distilling blocks with pooled tokens: how they begin, are trained, kept and refused."""
 
 from contextlib import closing
-from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -15,10 +14,10 @@ from comfyui_deltaconv.deltaconv.distillation import (
     plans_with_tokens,
     weights_of,
 )
-from comfyui_deltaconv.deltaconv.distillation.initialization import refit
+from comfyui_deltaconv.deltaconv.distillation.initialization import _output_features, refit
 from comfyui_deltaconv.deltaconv.distillation.student import parameter_groups
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
-from comfyui_deltaconv.deltaconv.locality.attention import AttentionMaps
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 TOKENS = {site: (kernel, scales, 2) for site, (kernel, scales) in toy.PLAN.items()}
 
@@ -32,10 +31,8 @@ def test_the_layers_own_projections_begin_them():
     (record, *_) = run(TOKENS, toy.toy_settings(0, 0, init="informed"))
     teacher = toy.ToyTeacher()
     for site, block in record.student.blocks.items():
-        maps = teacher.maps(site)
-        expected = torch.cat((maps.query, maps.key, maps.value))
-        assert torch.equal(block.tokens.qkv.weight.detach(), expected)
-        assert torch.equal(block.tokens.scale.detach(), torch.full((2,), (16 / 2) ** -0.5))
+        assert torch.equal(block.tokens.qkv.weight, teacher.projections(site))
+        assert torch.equal(block.tokens.scale.weight, torch.full((2,), (16 / 2) ** -0.5))
         assert block.tokens.out.weight.abs().sum() > 0
 
 
@@ -118,7 +115,7 @@ def test_weight_decay_of_linears_leaves_the_scale_alone():
         for name, parameter in named.items()
     }
     assert names["site.tokens.qkv.weight"] and names["site.tokens.out.weight"]
-    assert not names["site.tokens.scale"] and len(kept["params"]) == 6
+    assert not names["site.tokens.scale.weight"] and len(kept["params"]) == 6
 
 
 def test_blocks_to_go_on_from_keep_their_tokens():
@@ -145,28 +142,52 @@ def test_heads_that_cannot_be_are_refused(entry, sentence):
         run({"first": entry})
 
 
-def test_other_heads_than_the_layers_are_refused_before_anything_is_changed(tmp_path):
-    recipe = {**TOKENS, "first": (5, (1.0,), 4)}
-    with pytest.raises(DistillationError, match="2 heads of the layer at first, 16 channels"):
-        run(recipe, toy.toy_settings(init="informed"), folder=tmp_path)
-    # At random any number will do.
-    assert len(run(recipe, toy.toy_settings(init="random")))
+@pytest.fixture
+def untouched(tmp_path):
+    """Arguments of a run that must be refused at the call: no data drawn, no state written."""
+    drawn = []
+
+    def data():
+        drawn.append(1)
+        return toy.toy_data()
+
+    yield {"dataset": data, "folder": tmp_path, "settings": toy.toy_settings(init="informed")}
+    assert not drawn and not list(tmp_path.iterdir())
 
 
-def test_layers_that_tokens_cannot_begin_are_named():
+def test_other_heads_than_the_layers_are_refused_at_the_call(untouched):
+    with pytest.raises(DistillationError, match="the 2 heads of the layer at first, got 4"):
+        distill(toy.ToyTeacher(), {**TOKENS, "first": (5, (1.0,), 4)}, **untouched)
+
+
+def test_layers_that_tokens_cannot_begin_are_refused_at_the_call(untouched):
     teacher = toy.ToyTeacher()
-    maps = teacher.maps
-    teacher.maps = lambda site: replace(maps(site), key=None) if site == "second" else maps(site)
-    with pytest.raises(DistillationError, match=r"pooled tokens, .* at second"):
-        plans_with_tokens(teacher)
-    with pytest.raises(DistillationError, match=r"pooled tokens, .* at second"):
-        run(TOKENS, toy.toy_settings(init="informed"), teacher)
-    teacher.maps = lambda site: None
-    with pytest.raises(DistillationError, match="at first"):
-        plans_with_tokens(teacher)
+    teacher.token_heads = lambda site: 2 if site == "first" else 0
+    for refused in (
+        lambda: plans_with_tokens(teacher),
+        lambda: distill(teacher, TOKENS, **untouched),
+    ):
+        with pytest.raises(DistillationError, match=r"pooled tokens, .* at second"):
+            refused()
+    # Without tokens there, nothing is asked of the layer.
+    distill(teacher, {**TOKENS, "second": toy.PLAN["second"]}, **untouched)
 
 
-def test_plans_have_the_layers_own_heads():
-    teacher = toy.ToyTeacher()
-    assert plans_with_tokens(teacher) == dict.fromkeys(toy.PLAN, BlockPlan(5, heads=2))
-    assert isinstance(teacher.maps("first"), AttentionMaps)
+def test_at_random_any_number_of_heads_will_do():
+    records = run({**TOKENS, "first": (5, (1.0,), 4)}, toy.toy_settings(init="random"))
+    assert records[-1].student.blocks["first"].heads == 4
+
+
+def test_plans_have_the_layers_own_heads_and_small_kernels():
+    plans = plans_with_tokens(toy.ToyTeacher())
+    assert plans == dict.fromkeys(toy.PLAN, BlockPlan(5, (1.0,), heads=2))
+
+
+def test_features_are_computed_where_the_activations_are():
+    """The blocks are on the CPU while they are solved for, the teacher may be on a GPU."""
+    with FakeTensorMode():
+        block = DeltaConvBlock(16, 3, heads=2)
+        features = _output_features(block, torch.empty(2, 9, 8, 16, device="cuda"))
+        assert features.device.type == "cuda" and features.shape == (2, 9, 8, 8 + 16 + 16 + 1)
+        with pytest.raises(RuntimeError, match="cpu"):
+            block.tokens(torch.empty(2, 9, 8, 16, device="cuda"))

@@ -109,7 +109,7 @@ def test_interrupted_initialisation_begins_anew(tmp_path):
     def interrupted(site):
         raise Interrupt
 
-    teacher.maps = interrupted
+    teacher.values = interrupted
     with pytest.raises(Interrupt):
         run(teacher=teacher, folder=tmp_path)
     assert not state_files(tmp_path)

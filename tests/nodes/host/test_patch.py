@@ -186,7 +186,7 @@ def with_tokens(weights):
     for site, geometry in weights.sites.items():
         block = DeltaConvBlock(geometry.dim, geometry.kernel_size, heads=2)
         block.load_state_dict(weights.state(site), strict=False)
-        block.tokens.scale.data.mul_(3)
+        block.tokens.scale.weight.data.mul_(3)
         blocks[site] = block
     return weights_of_blocks(blocks, family=weights.family)
 
@@ -227,7 +227,25 @@ def test_pooled_tokens_compute_in_the_models_dtype(base, with_tokens, dtype):
 @pytest.mark.parametrize("size", [(24, 40), (13, 22), (4, 4), (1, 9)])
 def test_pooled_tokens_take_maps_of_any_size(base, with_tokens, size):
     patched, _ = apply(base, with_tokens)
+    called = []
+    (blocks,) = patched.get_additional_models_with_key("deltaconv")
+    for site in with_tokens.sites:
+        blocks.model[site].tokens.register_forward_hook(
+            lambda module, arguments, result, site=site: called.append(site)
+        )
     assert sample(patched, size, batch=2).isfinite().all()
+    # Twice in each of two steps, or once where both halves of the guidance fit one call.
+    assert {called.count(site) for site in with_tokens.sites} <= {2, 4}
+
+
+def test_comfyui_moves_every_tensor_of_a_block(base, with_tokens):
+    """It leaves out parameters of modules that have modules within."""
+    patched, _ = apply(base, with_tokens)
+    (blocks,) = patched.get_additional_models_with_key("deltaconv")
+    parts = [part for entry in blocks._load_list() for part in entry]
+    listed = {id(part) for part in parts if isinstance(part, torch.nn.Module)}
+    for name, _ in blocks.model.named_parameters():
+        assert id(blocks.model.get_submodule(name.rpartition(".")[0])) in listed, name
 
 
 def test_two_files_on_two_clones(base, weights, other_weights):
