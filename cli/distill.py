@@ -13,9 +13,9 @@ The configuration is a YAML file, all of its entries optional; without one the d
     prompts: [red apple]         # instead of data: train on the model's own samples
     samples: 64                  # how many of them
     size: 64                     # width and height of the pictures in pixels; default: the model's
-    recipe: {<site>: [9, [1, 0.5]]}   # or a kernel alone; default: all sites, 11, 9, 7 by level
-    kernels: by size             # or 5 and pooled tokens: small kernels beside an attention over
-                                 # 64 means of the map, closer to the model's pictures
+    recipe: {<site>: [9, [1, 0.5]]}   # or a kernel alone; behind: heads of pooled tokens
+    kernels: by size             # without a recipe: all sites, 11, 9, 7 by level; or 5 and pooled
+                                 # tokens: small ones, and an attention over 64 means of the map
     choice: balanced             # without a recipe: which layers and steps get blocks; faithful
                                  # saves less time, fastest takes all of them
     minutes: 10                  # how long it may take; default: the steps of the settings

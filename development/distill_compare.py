@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -55,12 +55,13 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     authors = partial(_authors, against)
     presets = {AUTHORS[against]: authors, "ours": _ours, TOKENS: _ours}
     settings = {name: preset((1, 1), 1.0, 0) for name, preset in presets.items()}
-    results = _begun(output, {"minutes": minutes, "rates": list(RATES), "search": SEARCH}, settings)
     teacher = load_teacher(Configuration(), authors((0, 1), 1.0, 0))
     with teacher:
         data = chosen_data(Configuration(), teacher)
         published = default_kernels(teacher.model_sites.levels)
         blocks_of = {name: published for name in presets} | {TOKENS: plans_with_tokens(teacher)}
+        identity = {"minutes": minutes, "rates": list(RATES), "search": SEARCH}
+        results = _begun(output, identity, settings, blocks_of)
 
         @cache
         def expected():
@@ -109,19 +110,24 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     return results
 
 
-def _begun(output: Path, identity: dict, settings: Mapping) -> dict:
-    """What a stopped comparison has found for recipes whose settings are the same."""
+def _begun(output: Path, identity: dict, settings: Mapping, blocks: Mapping) -> dict:
+    """What a stopped comparison has found for recipes whose settings and blocks are the same."""
     try:
         found = json.loads(output.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     plain = {name: each.to_mapping() for name, each in settings.items()}
-    results = {**identity, "settings": plain, "seconds": {}}
+    # As JSON gives it back.
+    kernels = json.loads(json.dumps(blocks, default=asdict))
+    results = {**identity, "settings": plain, "blocks": kernels, "seconds": {}}
     if not (isinstance(found, dict) and identity.items() <= found.items()):
         return results
     before = found.get("settings", {})
+    trained = found.get("blocks", {})
     # An entry that was added since is at its default there.
     for name in (name for name in settings if settings[name].matches(before.get(name))):
+        if trained.get(name) != kernels[name]:
+            continue
         results[name] = found.get(name, {})
         pace = found.get("seconds", {}).items()
         results["seconds"] |= {key: value for key, value in pace if key.startswith(f"{name} ")}

@@ -35,7 +35,7 @@ def test_a_folder_of_pictures_is_distilled_resumed_and_logged(tmp_path, pictures
     config = {
         "data": str(pictures),
         "size": 16,
-        "recipe": {"middle_block.1.transformer_blocks.0.attn1": [3, [1.0]]},
+        "recipe": {"middle_block.1.transformer_blocks.0.attn1": [3, [1.0], 4]},
         "settings": {
             "init_images": 4,
             "layers": {"steps": 2, "batch": 2},
@@ -46,6 +46,7 @@ def test_a_folder_of_pictures_is_distilled_resumed_and_logged(tmp_path, pictures
     distill_as(Configuration(**config))
     weights = read_weights(tmp_path / "out" / "deltaconv.safetensors")
     assert list(weights.sites) == list(config["recipe"])
+    assert [geometry.heads for geometry in weights.sites.values()] == [4]
     assert "demo" in weights.base_model
     config["settings"]["layers"]["steps"] = 4
     distill_as(Configuration(**config))
@@ -72,7 +73,12 @@ def test_minutes_plan_the_steps_and_a_choice_says_which_layers(tmp_path, monkeyp
     settings = {"init": "random", "layers": {"batch": 2}, "joint": {"batch": 2}}
     distill_as(
         Configuration(
-            prompts=["octopus", "red apple"], samples=4, size=16, minutes=0.1, settings=settings
+            prompts=["octopus", "red apple"],
+            samples=4,
+            size=16,
+            minutes=0.1,
+            kernels="5 and pooled tokens",
+            settings=settings,
         )
     )
     said = capsys.readouterr().out
@@ -80,6 +86,7 @@ def test_minutes_plan_the_steps_and_a_choice_says_which_layers(tmp_path, monkeyp
     assert "layer and " in said and "joint steps in all" in said
     weights = read_weights(tmp_path / "output" / "distill" / "deltaconv.safetensors")
     assert len(weights.sites) < 10 or weights.start > 0
+    assert all(geometry.heads == geometry.dim // 32 for geometry in weights.sites.values())
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, pictures, monkeypatch, capsys):

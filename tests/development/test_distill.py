@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_deltaconv.deltaconv import read_weights
 from comfyui_deltaconv.deltaconv.distillation import PRESETS
+from comfyui_deltaconv.deltaconv.geometry import BlockPlan
 from comfyui_deltaconv.development.distill_compare import AUTHORS, _authors, _begun, _steps_within
 from comfyui_deltaconv.development.distill_demo import Pace, distill_demo
 from PIL import Image
@@ -70,21 +71,28 @@ def test_a_stopped_comparison_goes_on_with_recipes_of_the_same_settings(tmp_path
     file, identity = tmp_path / "compare.json", {"minutes": 10.0}
     recipes = {"theirs": PRESETS["paper"](), "ours": PRESETS["default"]()}
     plain = {name: each.to_mapping() for name, each in recipes.items()}
-    fresh = {**identity, "settings": plain, "seconds": {}}
-    assert _begun(file, identity, recipes) == fresh
+    blocks = {"theirs": {"site": 9}, "ours": {"site": BlockPlan(5, heads=2)}}
+    kept = {"site": {"kernel": 5, "scales": [1.0, 0.5], "biased": [], "heads": 2}}
+    fresh = {**identity, "settings": plain, "blocks": {**blocks, "ours": kept}, "seconds": {}}
+
+    def begun(identity=identity, recipes=recipes, blocks=blocks):
+        return _begun(file, identity, recipes, blocks)
+
+    assert begun() == fresh
     # As before there was a setting: its default counts.
     older = {**plain["theirs"]}
     del older["kept_gib"]
     runs = {"theirs": {"runs": [1]}, "ours": {"runs": [2]}}
     seconds = {"theirs joint": 5.0, "ours joint": 6.0}
-    found = {**identity, "settings": {**plain, "theirs": older}, "seconds": seconds, **runs}
+    found = {**fresh, "settings": {**plain, "theirs": older}, "seconds": seconds, **runs}
     file.write_text(json.dumps(found), encoding="utf-8")
-    assert _begun(file, identity, recipes) == {**fresh, "seconds": seconds, **runs}
+    assert begun() == {**fresh, "seconds": seconds, **runs}
     changed = {**recipes, "ours": PRESETS["default"](init_images=3)}
-    begun = _begun(file, identity, changed)
-    assert begun["theirs"] == runs["theirs"] and "ours" not in begun
-    assert begun["seconds"] == {"theirs joint": 5.0}
-    assert "theirs" not in _begun(file, {"minutes": 5.0}, recipes)
+    others = {**blocks, "ours": {"site": BlockPlan(5, heads=4)}}
+    for of_these in (begun(recipes=changed), begun(blocks=others)):
+        assert of_these["theirs"] == runs["theirs"] and "ours" not in of_these
+        assert of_these["seconds"] == {"theirs joint": 5.0}
+    assert "theirs" not in begun({"minutes": 5.0})
     for broken in ("", "[]", "{", "3"):
         file.write_text(broken, encoding="utf-8")
-        assert _begun(file, identity, recipes) == fresh
+        assert begun() == fresh
