@@ -68,7 +68,7 @@ def run(batch: int, repeats: int, path: Path | None = None) -> dict:
                 f"Expected both formulations to agree at {site}; nothing was timed."
             )
         calls.append((block, x))
-        pooled.append((DeltaConvBlock(block.dim, 5, heads=block.dim // head_size), x))
+        pooled.append((DeltaConvBlock(block.dim, 5, (1.0,), heads=block.dim // head_size), x))
     ways = {
         NOW: lambda: [block(x) for block, x in calls],
         FIRST: lambda: [first_written(block, x) for block, x in calls],
