@@ -1,5 +1,6 @@
 """Training data: latents with conditions; seed and position determine every draw."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -131,6 +132,14 @@ class Dataset:
         return chosen, latents, [self.conditions[index] for index in chosen]
 
 
+def _step(quantile: torch.Tensor, start: float, growth: float) -> torch.Tensor:
+    """Quantile [B] → step of start…1, of a density that falls from growth to 1 over all of 0…1."""
+    rest = growth ** (1 - start)
+    if rest > 1:
+        quantile = torch.log1p(quantile * (1 / rest - 1)) / -math.log(rest)
+    return start + (1 - start) * quantile
+
+
 def draw(
     dataset: Dataset,
     teacher: Teacher,
@@ -142,11 +151,13 @@ def draw(
     unconditional: float,
     trajectory_share: float = 0.0,
     start: float = 0.0,
+    growth: float = 1.0,
     rows: Sequence[int] | None = None,
 ) -> Batch:
-    """One batch: sigmas uniform over the steps and stratified, some conditions dropped.
+    """One batch: sigmas over the steps, stratified, some conditions dropped.
 
-    `start` is the share of the steps, from the noisiest on, that is left out. Every image has its
+    `start` is the share of the steps, from the noisiest on, that is left out. The first of all is
+    drawn `growth` times as often as the last, which falls evenly; 1: all alike. Every image has its
     own stratum of the rest, so that each batch covers all of its sigmas. All random numbers come
     from `generator` on the CPU, so that they agree across devices. `rows` are the images of the
     batch that this process takes, None all of them: only these are read, and random numbers are
@@ -159,10 +170,10 @@ def draw(
     within = torch.rand(batch, generator=generator, dtype=torch.float64)
     # Shuffled: every part of a batch then covers the same range.
     strata = torch.randperm(batch, generator=generator)
-    steps = (start + (1 - start) * (strata + within) / batch).clamp(5e-4, 1 - 5e-4)
+    steps = _step((strata + within) / batch, start, growth).clamp(5e-4, 1 - 5e-4)
     dropped = (torch.rand(batch, generator=generator) < unconditional).tolist()
     on_path = torch.rand(batch, generator=generator) < trajectory_share
-    picks = torch.rand(batch, generator=generator)
+    picks = _step(torch.rand(batch, generator=generator), 0.0, growth ** (1 - start))
     if len(rows) < batch:
         noise, steps, on_path, picks = (each[rows] for each in (noise, steps, on_path, picks))
         dropped = [dropped[row] for row in rows]

@@ -123,6 +123,9 @@ class DistillationSettings:
     unconditional: Share = 0.1
     # Share of sampling, from the noisiest step on, in which attention stays: not trained for.
     start: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    # How many times as often images are drawn at the first step of sampling as at the last: an
+    # error there grows until the end.
+    growth: Annotated[Float, Field(ge=1, le=1e6)] = 1.0
     ema: Annotated[Float, Field(ge=0, lt=1)] = 0.99
     precision: Precision = "float32"
     checkpointing: Bool = False

@@ -312,6 +312,7 @@ class _Run:
             unconditional=self.settings.unconditional,
             trajectory_share=self.settings.trajectory_share if data.trajectories else 0.0,
             start=self.training.student.start,
+            growth=self.settings.growth,
             rows=self.engine.rows(stage),
         )
 

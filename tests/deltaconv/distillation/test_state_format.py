@@ -38,6 +38,7 @@ SETTINGS = {
     "trajectory_share": 0.5,
     "unconditional": 0.1,
     "start": 0.0,
+    "growth": 1.0,
     "ema": 0.99,
     "precision": "float32",
     "checkpointing": False,
@@ -64,7 +65,7 @@ PROGRESS = {
 }
 # What states from before there was a choice of layers and steps lack.
 SINCE = ("replaced", "start", "keeps")
-SETTINGS_SINCE = ("guidance", "start", "kept_gib")
+SETTINGS_SINCE = ("guidance", "start", "kept_gib", "growth")
 STAGE_SINCE = ("updates",)
 IDENTITY = {
     "base": "toy-0",

@@ -23,7 +23,7 @@ from comfyui_deltaconv.deltaconv.distillation import (
     weights_of,
 )
 from comfyui_deltaconv.deltaconv.distillation.checkpoint import state_files
-from comfyui_deltaconv.deltaconv.distillation.data import draw
+from comfyui_deltaconv.deltaconv.distillation.data import Trajectory, draw
 from safetensors.torch import load, save
 
 PLAN, ToyTeacher, toy_data, toy_settings = toy.PLAN, toy.ToyTeacher, toy.toy_data, toy.toy_settings
@@ -71,6 +71,42 @@ def test_every_batch_takes_each_share_of_the_steps_once(batch):
         assert sorted(shares) == list(range(batch))
         first_shares.add(shares[0])
     assert len(first_shares) == batch
+
+
+@pytest.mark.parametrize(("growth", "start"), [(1.0, 0.0), (5.0, 0.0), (50.0, 0.0), (50.0, 0.4)])
+def test_early_steps_are_drawn_as_often_as_their_errors_grow(growth, start):
+    """Each image in its own stratum of what is to be drawn: the share of draws before its step."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"seed": 0, "batch": 50, "unconditional": 0.1, "growth": growth, "start": start}
+    for position in range(10):
+        sigma = draw(toy_data(), ToyTeacher(), generator, position=position, **arguments).sigma
+        step = 1 - (sigma.double() - 0.05) / 3
+        assert step.min() > start - 1e-6
+        within = (step - start) / (1 - start)
+        # The integral of growth ** -step from start on, over all of it.
+        rest = growth ** (1 - start)
+        before = (1 - rest**-within) / (1 - 1 / rest) if growth > 1 else within
+        expected = torch.arange(50) / 50
+        assert ((before.sort().values - expected) > -1e-3).all()
+        assert ((before.sort().values - expected) < 0.021).all()
+
+
+def test_points_of_trajectories_are_drawn_as_often_as_their_errors_grow():
+    data = toy_data()
+    count = 20
+    sigma = torch.linspace(3.04, 0.05, count)
+    data.trajectories = [
+        Trajectory(torch.zeros(count, *latent.shape), sigma) for latent in data.latents
+    ]
+    seen = []
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"seed": 0, "batch": 24, "unconditional": 0.0, "trajectory_share": 1.0}
+    for position in range(100):
+        batch = draw(data, ToyTeacher(), generator, position=position, growth=10.0, **arguments)
+        seen.append(batch.sigma)
+    early, late = (torch.cat(seen) > sigma[9] - 1e-4).float().mean(), 10**0.5 / (1 + 10**0.5)
+    # Three times the deviation of 2400 draws.
+    assert abs(early - late) < 3 * (late * (1 - late) / 2400) ** 0.5
 
 
 def test_same_seed_same_losses_and_another_seed_others():
