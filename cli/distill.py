@@ -20,8 +20,9 @@ The configuration is a YAML file, all of its entries optional; without one the d
                                  # saves less time, fastest takes all of them
     minutes: 10                  # how long it may take; default: the steps of the settings
     gate: scaled                 # or sigmoid
-    preset: default              # or paper, or what the authors' code does instead: code-sd15,
-                                 # code-sdxl, code-pixart (deltaconv/distillation/presets.py)
+    preset: default              # tokens (default is that for kernels with tokens), paper, or what
+                                 # the authors' code does instead: code-sd15, code-sdxl, code-pixart
+                                 # (deltaconv/distillation/presets.py)
     settings: {layers: {steps: 300}, joint: {steps: 300}}   # what differs from the preset
     folder: output/distill       # state, log.jsonl and the weights, deltaconv.safetensors
     tensorboard: false           # true: losses, rates and pictures in the folder, for TensorBoard

@@ -74,7 +74,10 @@ def _phrase(error: Any) -> str:
 
 def chosen_settings(configuration: Configuration) -> DistillationSettings:
     """The preset with the configuration's own settings on top; no steps where minutes are."""
-    mapping = PRESETS[configuration.preset]().to_mapping()
+    preset = configuration.preset
+    if preset == "default" and configuration.kernels != "by size" and not configuration.recipe:
+        preset = "tokens"
+    mapping = PRESETS[preset]().to_mapping()
     for name, value in configuration.settings.items():
         nested = isinstance(value, dict) and name in ("layers", "joint")
         mapping[name] = {**mapping[name], **value} if nested else value

@@ -53,7 +53,8 @@ def compare_recipes(minutes: float, seeds: int, output: Path, against: str = "pa
     from ..deltaconv.distillation import default_kernels, in_place_of_attention, plans_with_tokens
 
     authors = partial(_authors, against)
-    presets = {AUTHORS[against]: authors, "ours": _ours, TOKENS: _ours}
+    tokens = partial(_ours, preset="tokens")
+    presets = {AUTHORS[against]: authors, "ours": _ours, TOKENS: tokens}
     settings = {name: preset((1, 1), 1.0, 0) for name, preset in presets.items()}
     teacher = load_teacher(Configuration(), authors((0, 1), 1.0, 0))
     with teacher:
@@ -134,10 +135,10 @@ def _begun(output: Path, identity: dict, settings: Mapping, blocks: Mapping) -> 
     return results
 
 
-def _ours(steps: tuple[int, int], rate: float, seed: int):
-    from ..deltaconv.distillation import default_settings
+def _ours(steps: tuple[int, int], rate: float, seed: int, preset: str = "default"):
+    from ..deltaconv.distillation import PRESETS
 
-    settings = default_settings(seed=seed)
+    settings = PRESETS[preset](seed=seed)
     return replace(
         settings,
         layers=_stage(settings.layers, steps[0], settings.layers.lr * rate),

@@ -37,7 +37,10 @@ class DistillInputs:
         """The preset with everything that the nodes set; no steps where they are planned."""
         options = self.options
         steps = (0, 0) if self.minutes else (options.layer_steps, options.joint_steps)
-        return PRESETS[LOSSES[options.losses]](
+        preset = LOSSES[options.losses]
+        if self.tokens and preset == "default":
+            preset = "tokens"
+        return PRESETS[preset](
             # Another node may link in numbers of NumPy, or 1 for a yes.
             seed=int(options.seed),
             save_every=int(options.save_every),

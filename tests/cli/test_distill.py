@@ -86,6 +86,7 @@ def test_minutes_plan_the_steps_and_a_choice_says_which_layers(tmp_path, monkeyp
     assert "layer and " in said and "joint steps in all" in said
     weights = read_weights(tmp_path / "output" / "distill" / "deltaconv.safetensors")
     assert len(weights.sites) < 10 or weights.start > 0
+    assert weights.training["settings"]["growth"] == 10
     assert all(geometry.heads == geometry.dim // 32 for geometry in weights.sites.values())
 
 

@@ -2,13 +2,20 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_deltaconv.deltaconv import read_weights
 from comfyui_deltaconv.deltaconv.distillation import PRESETS
 from comfyui_deltaconv.deltaconv.geometry import BlockPlan
-from comfyui_deltaconv.development.distill_compare import AUTHORS, _authors, _begun, _steps_within
+from comfyui_deltaconv.development.distill_compare import (
+    AUTHORS,
+    _authors,
+    _begun,
+    _ours,
+    _steps_within,
+)
 from comfyui_deltaconv.development.distill_demo import Pace, distill_demo
 from PIL import Image
 
@@ -65,6 +72,13 @@ def test_the_distilled_demo_ends_in_time_with_its_grid_and_curve(tmp_path, capsy
     assert none or f"blocks in {len(weights.sites)} of 10 layers" in said
     for words in ("joint steps in all", "PSNR", "held-out noise"):
         assert words in said
+
+
+def test_each_row_of_the_comparison_has_its_own_recipe():
+    assert _ours((3, 4), 2.0, 5).growth == 1
+    tokens = _ours((3, 4), 2.0, 5, preset="tokens")
+    assert tokens == replace(_ours((3, 4), 2.0, 5), growth=10.0)
+    assert (tokens.layers.steps, tokens.joint.steps, tokens.seed) == (3, 4, 5)
 
 
 def test_a_stopped_comparison_goes_on_with_recipes_of_the_same_settings(tmp_path):

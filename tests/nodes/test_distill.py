@@ -356,11 +356,13 @@ def test_kernels_with_pooled_tokens_have_the_layers_own_heads(model):
     weights, _, _ = node(
         model, kernels="5 and pooled tokens", layer_steps=1, initialization="informed"
     )
+    assert weights.training["settings"]["growth"] == 10
     heads = {geometry.dim: geometry.heads for geometry in weights.sites.values()}
     assert heads == {64: 2, 128: 4}
     assert {geometry.kernel_size for geometry in weights.sites.values()} == {5}
     again, _, _ = node(model, start=weights, folder="again", kernels="by size", layer_steps=1)
     assert again.sites == weights.sites and again.scales == weights.scales
+    assert again.training["settings"]["growth"] == 1
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x"])

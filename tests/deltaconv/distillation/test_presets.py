@@ -98,6 +98,8 @@ def test_the_others_have_the_gradient_of_all_three(name):
 
 def test_presets_say_what_each_trains_with():
     assert PRESETS["published"]() == paper_settings() and PRESETS["default"]() == default_settings()
+    assert PRESETS["tokens"]() == default_settings(growth=10.0) != default_settings()
+    assert PRESETS["tokens"](growth=2.0, seed=3) == default_settings(growth=2.0, seed=3)
     assert paper_settings().joint.weight_decay == 0.03 and paper_settings().joint.decayed == "all"
     codes = {model: code_settings(model) for model in ("SD1.5", "SDXL", "PixArt")}
     for settings in codes.values():
