@@ -299,10 +299,10 @@ def test_every_unknown_entry_and_every_wrong_value_is_named_at_once():
 
 def test_what_a_recipe_may_say_of_a_site():
     dims = dict.fromkeys("abc", toy.CHANNELS)
-    plans = read_plan({"c": BlockPlan(7, (1.0,), (0,)), "a": 3, "b": [5, [1, 0.25]]}, dims)
+    plans = read_plan({"c": BlockPlan(7, (1.0,), (0,)), "a": 3, "b": [5, [1, 0.25], 2]}, dims)
     assert plans == {
         "a": BlockPlan(3),
-        "b": BlockPlan(5, (1.0, 0.25)),
+        "b": BlockPlan(5, (1.0, 0.25), heads=2),
         "c": BlockPlan(7, (1.0,), (0,)),
     }
     assert list(plans) == ["a", "b", "c"]
@@ -312,7 +312,7 @@ def test_what_a_recipe_may_say_of_a_site():
         "a: kernel_size must be odd and positive, got kernel_size=4",
         "b: kernel: expected a number, at most 63, got 65",
         "b: scales.0: expected a number, at most 1, got 2",
-        "c: expected [kernel, [scales]], got [3]",
+        "c: expected [kernel, [scales]] or [kernel, [scales], heads], got [3]",
         "'d' is no self-attention site of this model",
     ):
         assert words in str(error.value)

