@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..deltaconv import DeltaConvBlock, demo, read_weights
+from ..deltaconv.distillation.token_plans import TOKEN_PLAN
 from ..deltaconv.families import resolution_level
 from ..deltaconv.flops import halved
 from ..kernels import gated_pyramid_definition
@@ -68,7 +69,8 @@ def run(batch: int, repeats: int, path: Path | None = None) -> dict:
                 f"Expected both formulations to agree at {site}; nothing was timed."
             )
         calls.append((block, x))
-        pooled.append((DeltaConvBlock(block.dim, 5, (1.0,), heads=block.dim // head_size), x))
+        tokens = (block.dim, TOKEN_PLAN.kernel, TOKEN_PLAN.scales)
+        pooled.append((DeltaConvBlock(*tokens, heads=block.dim // head_size), x))
     ways = {
         NOW: lambda: [block(x) for block, x in calls],
         FIRST: lambda: [first_written(block, x) for block, x in calls],

@@ -1,6 +1,7 @@
 """Which layers can begin pooled tokens, and the blocks that have some everywhere."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..geometry import BlockPlan
 from .settings import DistillationError
@@ -8,7 +9,7 @@ from .teacher import Teacher
 
 # Beside tokens larger kernels and a second scale bring the demo model's layers 3% by least squares,
 # and take longer than the tokens do (docs/measurements.md).
-_PLAN = (5, (1.0,))
+TOKEN_PLAN = BlockPlan(5, (1.0,))
 
 
 def plans_with_tokens(teacher: Teacher) -> dict[str, BlockPlan]:
@@ -16,13 +17,12 @@ def plans_with_tokens(teacher: Teacher) -> dict[str, BlockPlan]:
 
     Raises DistillationError where a layer's scores are not of linear maps alone.
     """
-    kernel, scales = _PLAN
     plans = {}
     for site in teacher.dims:
         heads = teacher.token_heads(site)
         if not heads:
             raise _none_to_begin(site)
-        plans[site] = BlockPlan(kernel, scales, heads=heads)
+        plans[site] = replace(TOKEN_PLAN, heads=heads)
     return plans
 
 

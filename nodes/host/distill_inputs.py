@@ -30,8 +30,9 @@ class DistillInputs:
 
     @property
     def tokens(self) -> bool:
-        """Whether blocks have pooled tokens, and small kernels."""
-        return self.options.kernels == KERNELS[2]
+        """Whether blocks get pooled tokens; a recipe, or weights to go on from, come first."""
+        given = self.options.recipe is not None or self.options.start is not None
+        return self.options.kernels == KERNELS[2] and not given
 
     def settings(self) -> DistillationSettings:
         """The preset with everything that the nodes set; no steps where they are planned."""

@@ -360,7 +360,10 @@ def test_kernels_with_pooled_tokens_have_the_layers_own_heads(model):
     heads = {geometry.dim: geometry.heads for geometry in weights.sites.values()}
     assert heads == {64: 2, 128: 4}
     assert {geometry.kernel_size for geometry in weights.sites.values()} == {5}
-    again, _, _ = node(model, start=weights, folder="again", kernels="by size", layer_steps=1)
+    # What they go on from counts, as a recipe does, and not the widget.
+    again, _, _ = node(
+        model, start=weights, folder="again", kernels="5 and pooled tokens", layer_steps=1
+    )
     assert again.sites == weights.sites and again.scales == weights.scales
     assert again.training["settings"]["growth"] == 1
 
