@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from ..kernels import GATES, Biases, Projections, SiteProjection, gated_pyramid
 from .geometry import check_geometry, complete_state, default_scales, read_geometry
-from .tokens import PooledAttention
+from .tokens import PooledAttention, spread, token_means
 
 
 class DepthwiseKernel(nn.Module):
@@ -165,17 +165,21 @@ class DeltaConvBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, W, C] → [B, H, W, C], any B, H, W ≥ 1."""
-        result = self.convolved(x)
         if not self.heads:
-            return result
-        attended = cast(PooledAttention, self._modules["tokens"])(x)
-        return result + attended if torch.is_grad_enabled() else result.add_(attended)
+            return self.convolved(x)
+        # Read the dictionary: Module's own lookup takes ten times as long.
+        tokens = cast(PooledAttention, self._modules["tokens"])
+        if torch.is_grad_enabled():
+            return self.convolved(x) + tokens(x)
+        if x.device.type == "cpu":
+            with self._lend(self._linears(), x) as lent:
+                if lent is not None:
+                    return self._onto_tokens(x, tokens, lent)
+        return self.convolved(x).add_(tokens(x))
 
     def convolved(self, x: torch.Tensor) -> torch.Tensor:
         """The published block, without pooled tokens: x [B, H, W, C] → [B, H, W, C]."""
-        # Read the dictionary: Module's own lookup takes ten times as long.
-        modules = cast(dict[str, nn.Module], self._modules)
-        linears = (modules["conv_up"], modules["conv_out"], modules["conv_pool"])
+        linears = self._linears()
         with self._lend(linears, x) as lent:
             if lent is not None:
                 up_weight, up_bias, *rest = lent
@@ -183,11 +187,37 @@ class DeltaConvBlock(nn.Module):
                 kernels, biases = self.depthwise_like(u)
                 projections = Projections(*rest)
                 return self._project(x, u, kernels, self.scales, self.gate, projections, biases)
-        u = self.conv_up(x)
+        conv_up, conv_out, conv_pool = linears
+        u = conv_up(x)
         kernels, biases = self.depthwise_like(u)
         pyramid = gated_pyramid(u, kernels, self.scales, self.gate, biases)
-        context = self.conv_pool(x.mean(dim=(1, 2), keepdim=True))
-        return self.conv_out(pyramid) + context
+        context = conv_pool(x.mean(dim=(1, 2), keepdim=True))
+        return conv_out(pyramid) + context
+
+    def _linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """conv_up, conv_out, conv_pool, in the order in which they are lent."""
+        modules = cast(dict[str, nn.Module], self._modules)
+        return modules["conv_up"], modules["conv_out"], modules["conv_pool"]
+
+    def _onto_tokens(
+        self, x: torch.Tensor, tokens: PooledAttention, lent: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The same sum in fewer passes over the map, which are what a CPU takes long for.
+
+        What is equal everywhere joins the few tokens, and the last product adds itself onto them.
+        """
+        up_weight, up_bias, out_weight, out_bias, pool_weight, pool_bias = lent
+        u = linear(x, up_weight, up_bias)
+        kernels, biases = self.depthwise_like(u)
+        pyramid = gated_pyramid(u, kernels, self.scales, self.gate, biases)
+        means = token_means(x)
+        height, width = x.shape[1:3]
+        even = height % means.shape[1] == 0 and width % means.shape[2] == 0
+        mean = (means if even else x).mean(dim=(1, 2), keepdim=True)
+        context = linear(mean, pool_weight, pool_bias + out_bias)
+        result = spread(tokens.coarse(means) + context, height, width).contiguous()
+        result.flatten(0, 2).addmm_(pyramid.flatten(0, 2), out_weight.t())
+        return result
 
     def depthwise_like(self, u: torch.Tensor) -> tuple[list[torch.Tensor], Biases]:
         """Every scale's kernel [k, k, h], and bias [h] or None, in u's dtype and on its device."""

@@ -55,11 +55,11 @@ class PooledAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return spread(self.out(self.mixed(x)), *x.shape[1:3])
+        return spread(self.coarse(token_means(x)), *x.shape[1:3])
 
-    def mixed(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, H, W, C] → [B, rows, columns, C]: what every token sees, before `out`."""
-        return self.attended(self.qkv(token_means(x)))
+    def coarse(self, means: torch.Tensor) -> torch.Tensor:
+        """`token_means` [B, rows, columns, C] → what is spread of them, of the same shape."""
+        return self.out(self.attended(self.qkv(means)))
 
     def attended(self, projected: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values of the tokens [B, rows, columns, 3C] → [B, rows, columns, C]."""

@@ -55,7 +55,9 @@ def gated_pyramid(
         if scale != 1:
             v = F.interpolate(v, (height, width), mode="bilinear", align_corners=False)
         pyramid.append(v)
-    return torch.cat(pyramid, dim=1).movedim(1, -1).contiguous()
+    # One scale alone would be copied.
+    joined = torch.cat(pyramid, dim=1) if len(pyramid) > 1 else pyramid[0]
+    return joined.movedim(1, -1).contiguous()
 
 
 def pyramid_projection(

@@ -150,7 +150,7 @@ def _output_features(block: DeltaConvBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 def _mixed(tokens: PooledAttention, x: torch.Tensor) -> torch.Tensor:
-    """`tokens.mixed(x)` where x, but not the block, may be on an accelerator."""
+    """What every token of x sees, where x, but not the block, may be on an accelerator."""
     return tokens.attended(F.linear(token_means(x), tokens.qkv.weight.to(x)))
 
 

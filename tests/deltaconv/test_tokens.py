@@ -10,6 +10,7 @@ from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
 from einops import einsum, rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 
 def cells(size, count):
@@ -67,16 +68,19 @@ def block_of(dim=8, kernel=3, heads=2, seed=0, **named):
     st.integers(1, 21),
     st.integers(1, 21),
     st.sampled_from([(8, 1), (8, 2), (12, 3)]),
+    st.sampled_from([{}, {"scales": (1.0,)}, {"biased": (1,), "gate": "sigmoid"}]),
     st.integers(0, 2**32 - 1),
 )
-def test_any_map_meets_the_definition(batch, height, width, shape, seed):
+def test_any_map_meets_the_definition(batch, height, width, shape, named, seed):
     dim, heads = shape
-    block = block_of(dim, heads=heads, seed=seed).double()
+    block = block_of(dim, heads=heads, seed=seed, **named).double()
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, height, width, dim, generator=generator).double()
     expected = definition(block.tokens, x)
     assert (block.tokens(x) - expected).abs().max() < 1e-10
     assert (block(x) - block.convolved(x) - expected).abs().max() < 1e-10
+    with torch.no_grad():
+        assert (block(x) - block.convolved(x) - expected).abs().max() < 1e-10
 
 
 def test_a_token_sees_the_whole_map_and_a_convolution_does_not():
@@ -111,8 +115,33 @@ def test_gradients_are_those_of_differences():
 def test_half_precision_is_as_near_as_its_digits(dtype, limit):
     block, x = block_of(32, heads=4), torch.randn(2, 16, 12, 32)
     expected = block(x)
-    got = block.to(dtype)(x.to(dtype)).float()
-    assert (got - expected).norm() / expected.norm() < limit
+    block.to(dtype)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            got = block(x.to(dtype)).float()
+        assert (got - expected).norm() / expected.norm() < limit
+
+
+def test_without_a_record_a_map_is_passed_over_less_often():
+    """Neither its mean nor a sum of two maps is computed: on a CPU these are what tokens cost."""
+    block, x = block_of(32, heads=4, scales=(1.0,)), torch.randn(1, 32, 32, 32)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        block(x)
+    maps = {
+        event.key
+        for event in seen.key_averages(group_by_input_shape=True)
+        if [1, 32, 32, 32] in event.input_shapes
+    }
+    assert maps.isdisjoint({"aten::mean", "aten::add", "aten::add_", "aten::cat"})
+
+
+def test_a_block_whose_weights_cannot_be_lent_is_called_as_a_module():
+    block, x = block_of(32, heads=4), torch.randn(2, 9, 16, 32)
+    expected, calls = block(x), []
+    block.conv_out.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        assert (block(x) - expected).abs().max() < 1e-5
+    assert calls == [1]
 
 
 def test_a_scale_in_another_dtype_is_cast():
