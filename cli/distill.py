@@ -16,6 +16,8 @@ The configuration is a YAML file, all of its entries optional; without one the d
     recipe: {<site>: [9, [1, 0.5]]}   # or a kernel alone; behind: heads of pooled tokens
     kernels: by size             # without a recipe: all sites, 11, 9, 7 by level; or 5 and pooled
                                  # tokens: small ones, and an attention over 64 means of the map
+    start: weights.safetensors   # weights to go on from in place of an initialization, with their
+                                 # layers, kernels and gate; packaged: those of the demo
     choice: balanced             # without a recipe: which layers and steps get blocks; faithful
                                  # saves less time, fastest takes all of them
     minutes: 10                  # how long it may take; default: the steps of the settings
@@ -91,14 +93,14 @@ def distill_as(configuration: "Configuration") -> None:
 
 def _distill(configuration: "Configuration", engine: "Engine") -> None:
     from ..deltaconv import write_weights
-    from ..deltaconv.distillation import default_kernels, distill, plans_with_tokens, weights_of
+    from ..deltaconv.distillation import distill, weights_of
     from ..deltaconv.distillation.choice import FASTEST
     from ..deltaconv.distillation.settings import read_plan
     from ..nodes.host.distill_time import TimeBudget
     from .distill_config import chosen_settings
-    from .distill_inputs import chosen_inputs, load_teacher
+    from .distill_inputs import chosen_blocks, chosen_inputs, load_teacher
 
-    folder, gate = Path(configuration.folder), configuration.gate
+    folder = Path(configuration.folder)
     budget = TimeBudget(60 * (configuration.minutes or 0))
     try:
         settings = chosen_settings(configuration)
@@ -108,18 +110,14 @@ def _distill(configuration: "Configuration", engine: "Engine") -> None:
                 engine.rows(stage)
         encoders = not configuration.store
         teacher = load_teacher(configuration, settings, joint=bool(budget), encoders=encoders)
-        recipe = configuration.recipe
-        if not recipe and configuration.kernels == "by size":
-            recipe = default_kernels(teacher.model_sites.levels)
-        elif not recipe:
-            recipe = plans_with_tokens(teacher)
+        start, recipe, gate = chosen_blocks(configuration, teacher)
         folder.mkdir(parents=True, exist_ok=True)
         # Before the teacher is loaded: a CLIP or VAE that needs its memory would push it out.
         inputs = chosen_inputs(configuration, teacher, budget.enough_samples, engine)
         plans = read_plan(recipe, teacher.dims)
         choose = None
-        if not configuration.recipe and configuration.choice != FASTEST:
-            choose = _chooser(configuration, teacher, plans, inputs, engine)
+        if not configuration.recipe and not start and configuration.choice != FASTEST:
+            choose = _chooser(configuration, teacher, plans, gate, inputs, engine)
         log = open(folder / "log.jsonl" if engine.main else os.devnull, "a", encoding="utf-8")
         with log, teacher:
             settings = engine.shared(
@@ -131,6 +129,7 @@ def _distill(configuration: "Configuration", engine: "Engine") -> None:
                 inputs.data,
                 settings,
                 gate=gate,
+                start=start,
                 choose=choose,
                 plan=budget.plan if budget else None,
                 folder=folder / "state",
@@ -206,7 +205,7 @@ def _board(configuration: "Configuration", teacher, inputs) -> "Board | None":
     )
 
 
-def _chooser(configuration: "Configuration", teacher, plans, inputs, engine: "Engine"):
+def _chooser(configuration: "Configuration", teacher, plans, gate: str, inputs, engine: "Engine"):
     """What chooses layers and steps, and says so; None where there is nothing to choose.
 
     The first of several processes measures and chooses for all: clocks differ.
@@ -217,7 +216,7 @@ def _chooser(configuration: "Configuration", teacher, plans, inputs, engine: "En
         teacher.patcher,
         teacher,
         plans,
-        configuration.gate,
+        gate,
         inputs.shape,
         conditions=inputs.conditions,
         unconditional=inputs.unconditional,

@@ -22,6 +22,7 @@ class Configuration(BaseModel):
     size: int | None = Field(None, ge=1, le=10**6)
     recipe: dict[Any, Any] = {}
     kernels: Literal["by size", "5 and pooled tokens"] = "by size"
+    start: str | None = None
     choice: Literal["balanced", "faithful", "fastest"] = "balanced"
     minutes: float | None = Field(None, gt=0, le=10**6, allow_inf_nan=False)
     gate: Literal["scaled", "sigmoid"] = "scaled"
@@ -75,7 +76,8 @@ def _phrase(error: Any) -> str:
 def chosen_settings(configuration: Configuration) -> DistillationSettings:
     """The preset with the configuration's own settings on top; no steps where minutes are."""
     preset = configuration.preset
-    if preset == "default" and configuration.kernels != "by size" and not configuration.recipe:
+    blocks = configuration.recipe or configuration.start
+    if preset == "default" and configuration.kernels != "by size" and not blocks:
         preset = "tokens"
     mapping = PRESETS[preset]().to_mapping()
     for name, value in configuration.settings.items():

@@ -3,17 +3,18 @@
 ComfyUI must be on the path (`host.enter`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..deltaconv import demo
+from ..deltaconv import DeltaConvBlock, demo, read_weights
 from ..deltaconv.distillation import Dataset, DistillationSettings
 from ..deltaconv.distillation.engine import Engine
 from ..deltaconv.families import native_latent
+from ..deltaconv.weights.compatibility import check_fit
 from . import CommandError
 from .distill_config import Configuration
 
@@ -59,6 +60,27 @@ def load_teacher(
     teacher = ComfyTeacher(model, differentiable=differentiable, name=title)
     teacher.clip, teacher.vae = clip, vae
     return teacher
+
+
+def chosen_blocks(
+    configuration: Configuration, teacher
+) -> tuple[dict[str, DeltaConvBlock] | None, Mapping[str, object], str]:
+    """The blocks to go on from, if any, what to put in place of which layer, and the gate."""
+    from ..deltaconv.distillation import default_kernels, plans_with_tokens
+
+    recipe = configuration.recipe
+    if configuration.start is not None:
+        name = configuration.start
+        start = read_weights(demo.DELTACONV_PATH if name == "packaged" else Path(name))
+        check_fit(start, teacher.dims, teacher.family)
+        plans = {site: block.plan(start.scales[site]) for site, block in start.sites.items()}
+        blocks = {site: start.block(site).float() for site in start.sites}
+        return blocks, recipe or plans, start.gate
+    if not recipe and configuration.kernels == "by size":
+        recipe = default_kernels(teacher.model_sites.levels)
+    elif not recipe:
+        recipe = plans_with_tokens(teacher)
+    return None, recipe, configuration.gate
 
 
 @dataclass(frozen=True)

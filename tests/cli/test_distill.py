@@ -57,6 +57,40 @@ def test_a_folder_of_pictures_is_distilled_resumed_and_logged(tmp_path, pictures
     assert "Weights:" in capsys.readouterr().out
 
 
+def test_packaged_weights_are_gone_on_from(tmp_path, pictures, capsys):
+    config = {
+        "data": str(pictures),
+        "size": 16,
+        "start": "packaged",
+        "gate": "sigmoid",
+        "settings": {"layers": {"steps": 0}, "joint": {"steps": 1, "batch": 1, "lr": 1e-12}},
+        "folder": str(tmp_path / "out"),
+    }
+    distill_as(Configuration(**config))
+    assert "init        1/1  loss 0.00000" in capsys.readouterr().out
+    packaged, found = (
+        read_weights(path)
+        for path in (demo.DELTACONV_PATH, tmp_path / "out" / "deltaconv.safetensors")
+    )
+    assert found.sites == packaged.sites and found.gate == packaged.gate == "scaled"
+    for site in packaged.sites:
+        for name, tensor in packaged.block(site).state_dict().items():
+            got = found.block(site).state_dict()[name]
+            assert (got - tensor).abs().max() <= 1e-3 * tensor.abs().max(), (site, name)
+    site = "middle_block.1.transformer_blocks.0.attn1"
+    config |= {"recipe": {site: packaged.sites[site].kernel_size}, "folder": str(tmp_path / "one")}
+    distill_as(Configuration(**config))
+    assert list(read_weights(tmp_path / "one" / "deltaconv.safetensors").sites) == [site]
+
+
+def test_weights_that_cannot_be_gone_on_from_are_refused(tmp_path, pictures):
+    config = {"data": str(pictures), "size": 16, "folder": str(tmp_path / "out")}
+    for start in (tmp_path / "none.safetensors", demo.TEACHER_PATH):
+        with pytest.raises(CommandError, match=start.name):
+            distill_as(Configuration(**config, start=str(start)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_minutes_plan_the_steps_and_a_choice_says_which_layers(tmp_path, monkeypatch, capsys):
     from comfyui_deltaconv.deltaconv.distillation.choice import SiteCost
     from comfyui_deltaconv.nodes.host import distill_choice
