@@ -100,9 +100,12 @@ def _heading(patched, blocks, application, batch: int, dtype: torch.dtype) -> st
     device = torch.device(patched.load_device)
     block = blocks.model[application.replaced[0]]
     case = Case(1, 8, 8, block.dim, block.kernel_size, block.scales, block.gate)
+    by = implementation_of(case, dtype, device)
+    # No kernel is theirs.
+    by += " and pooled tokens by torch" if block.heads and by != "torch" else ""
     return (
         f"{device_name(device)}, {str(dtype).removeprefix('torch.')}, batch {batch}, torch "
-        f"{torch.__version__}, blocks by {implementation_of(case, dtype, device)} in "
+        f"{torch.__version__}, blocks by {by} in "
         f"{len(application.replaced)} of {len(application.model_sites.sites)} layers"
     )
 

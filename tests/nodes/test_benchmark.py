@@ -71,6 +71,20 @@ def test_every_contender_runs_what_it_says(base, weights):
     assert plot.shape[0] == 1 and plot.shape[-1] == 3 and plot.std() > 0.05
 
 
+def test_the_heading_says_what_computes_pooled_tokens(base, monkeypatch):
+    from comfyui_deltaconv.deltaconv import DeltaConvBlock
+    from comfyui_deltaconv.deltaconv.weights.model import weights_of_blocks
+    from comfyui_deltaconv.nodes.host import benchmark
+
+    site = "middle_block.1.transformer_blocks.0.attn1"
+    channels = base.get_model_object(f"diffusion_model.{site}.to_q").in_features
+    weights = weights_of_blocks({site: DeltaConvBlock(channels, 5, (1.0,), heads=2)})
+    assert "blocks by torch in 1 of 10" in run(base, weights, sizes="8")[0]
+    monkeypatch.setattr(benchmark, "implementation_of", lambda *_: "triton")
+    found = run(base, weights, sizes="8")[0]
+    assert "blocks by triton and pooled tokens by torch in 1 of 10" in found
+
+
 @pytest.mark.any_comfyui
 def test_no_sizes_means_the_usual_ones(base, weights, monkeypatch):
     monkeypatch.setattr(families, "_DEFAULT_LATENT", 8)
