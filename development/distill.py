@@ -43,6 +43,9 @@ def main(argv: list[str]) -> int:
         help="the demo with a choice of layers and steps, for so long per seed: PSNR of pictures",
     )
     parser.add_argument("--side", type=int, default=64, help="for --balanced: of the pictures")
+    parser.add_argument(
+        "--tokens", action="store_true", help="for --balanced: blocks with pooled tokens"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="for --compare, --balanced")
     options = parser.parse_args(argv)
     options.comfyui = options.comfyui or chosen_tree()
@@ -55,8 +58,10 @@ def main(argv: list[str]) -> int:
             output = ROOT / "output" / f"distil-compare{name}.json"
             compare_recipes(options.compare, options.seeds, output, options.against)
         elif options.balanced:
-            output = ROOT / "output" / f"distil-balanced-{options.side}.json"
-            measure_balanced(options.balanced, options.seeds, options.side, output)
+            kind = "-tokens" if options.tokens else ""
+            output = ROOT / "output" / f"distil-balanced-{options.side}{kind}.json"
+            arguments = options.balanced, options.seeds, options.side, output
+            measure_balanced(*arguments, tokens=options.tokens)
         else:
             distill_demo(ROOT / "output")
     return 0

@@ -11,28 +11,38 @@ STEPS = 20
 
 
 def measure_balanced(
-    minutes: float, seeds: int, side: int, output: Path, wanted: str = "balanced"
+    minutes: float,
+    seeds: int,
+    side: int,
+    output: Path,
+    *,
+    wanted: str = "balanced",
+    tokens: bool = False,
 ) -> dict:
     """Distill the demo teacher for `minutes` per seed with the choice `wanted`; its figures.
 
     At pictures of `side` pixels, batch 8, as the node does it: initialization, choice and steps fit
     into the time, and steps are planned from the pace. The choice is made on two prompts that are
     not among `TWELVE`, from noise of its own; the pictures are drawn in `STEPS` Euler steps at CFG
-    4. `output` is JSON, written after every seed: a measurement of the same kind that was stopped
-    goes on from it.
+    4. Blocks are published ones, or those with pooled tokens. `output` is JSON, written after every
+    seed: a measurement of the same kind that was stopped goes on from it.
     """
     from ..cli.distill_config import Configuration
     from ..cli.distill_inputs import load_teacher
-    from ..deltaconv.distillation import default_kernels, default_settings
+    from ..deltaconv.distillation import PRESETS, default_kernels, plans_with_tokens
     from ..deltaconv.distillation.plan import with_steps
     from ..deltaconv.distillation.settings import read_plan
 
     identity = {"minutes": minutes, "side": side, "choice": wanted, "steps": STEPS}
+    if tokens:
+        identity["kernels"] = "5 and pooled tokens"
+    preset = PRESETS["tokens" if tokens else "default"]
     results, expected = _begun(output, identity), []
     for seed in range(len(results["runs"]), seeds):
-        settings = with_steps(default_settings(seed=seed, ema=0.9), 0, 0)
+        settings = with_steps(preset(seed=seed, ema=0.9), 0, 0)
         teacher = load_teacher(Configuration(), settings, joint=True)
-        plans = read_plan(default_kernels(teacher.model_sites.levels), teacher.dims)
+        published = default_kernels(teacher.model_sites.levels)
+        plans = read_plan(plans_with_tokens(teacher) if tokens else published, teacher.dims)
         data = demo_data(teacher, side)
         run = _distilled(teacher, plans, data, settings, minutes, wanted, expected)
         results["runs"].append(run)
