@@ -103,6 +103,7 @@ def test_minutes_plan_the_steps_and_a_choice_says_which_layers(tmp_path, monkeyp
 
     monkeypatch.setattr(distill_choice, "site_costs", costs)
     monkeypatch.setattr(distill_choice, "_STEPS", 4)
+    monkeypatch.setattr(distill_choice, "_PROMPTS", 1)
     monkeypatch.chdir(tmp_path)
     settings = {"init": "random", "layers": {"batch": 2}, "joint": {"batch": 2}}
     distill_as(

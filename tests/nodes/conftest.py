@@ -1,5 +1,7 @@
 """The packaged demo under the names that tests of nodes use."""
 
+from functools import partial
+
 import pytest
 
 
@@ -20,10 +22,16 @@ def weights(demo_weights):
 
 @pytest.fixture
 def distilling(one_thread, as_comfyui_runs_nodes, comfy, tmp_path, monkeypatch):
-    """One thread, an output folder of the test's own, and no training left behind."""
+    """One thread, an output folder of the test's own, and no training left behind.
+
+    Presets begin from 16 images, where a user's run takes 128.
+    """
     import comfy.model_management
     import folder_paths
+    from comfyui_deltaconv.deltaconv.distillation import PRESETS
 
+    for name in ("default", "tokens"):
+        monkeypatch.setitem(PRESETS, name, partial(PRESETS[name], init_images=16))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     yield
     assert not comfy.model_management.in_training

@@ -403,7 +403,7 @@ def with_lora(model, strength):
     return clone
 
 
-def layer_errors(model, weights, steps=0):
+def layer_errors(model, weights, steps=0, size=32):
     """Mean relative layer error of `weights` on the model, before and after `steps`."""
     from comfyui_deltaconv.nodes.host.teacher import ComfyTeacher
 
@@ -416,14 +416,15 @@ def layer_errors(model, weights, steps=0):
         chosen = settings(steps, ema=0.5)
         start = {site: weights.block(site).float() for site in weights.sites}
         with teacher:
-            records = list(distill(teacher, recipe, data_of(teacher), chosen, start=start))
+            data = data_of(teacher, size=size)
+            records = list(distill(teacher, recipe, data, chosen, start=start))
     return [record.loss for record in records if record.stage == "layers"]
 
 
 @pytest.mark.any_comfyui
 def test_short_layers_run_bakes_a_lora_into_the_blocks(model):
-    losses = layer_errors(with_lora(model, 0.05), read_weights(demo.DELTACONV_PATH), 24)
-    # 0.33 to 0.37 over seeds, threads and instruction sets.
+    losses = layer_errors(with_lora(model, 0.05), read_weights(demo.DELTACONV_PATH), 24, 16)
+    # 0.34 to 0.41 over seeds and instruction sets.
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
@@ -468,20 +469,20 @@ def test_loss_falls_on_the_demo_teacher_and_informed_is_better(model):
     with torch.inference_mode(False):
         teacher = ComfyTeacher(model)
         recipe = dict.fromkeys(teacher.dims, 7)
-        data = data_of(teacher)
+        data = data_of(teacher, size=16)
         with teacher:
             trained = list(distill(teacher, recipe, data, settings(20)))
             informed = list(
                 distill(teacher, recipe, data, settings(1, init="informed", init_images=32))
             )
             losses = [record.loss for record in trained[1:]]
-            # 0.32 to 0.38 over seeds, threads and instruction sets.
+            # 0.37 to 0.38 over seeds and instruction sets.
             assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
             errors = [
                 held_out_error(teacher, run[-1].student.averaged_blocks(), data, batches=2, batch=4)
                 for run in (trained, informed)
             ]
-    # 0.29 to 0.42, with a standard deviation of 0.06.
+    # 0.20 to 0.24 over seeds and instruction sets.
     assert errors[1] < 0.7 * errors[0]
 
 
@@ -576,6 +577,7 @@ def test_chosen_layers_alone_are_distilled_and_say_from_where_they_act(model, mo
     from comfyui_deltaconv.nodes.host import distill_choice
 
     monkeypatch.setattr(distill_choice, "_STEPS", 4)
+    monkeypatch.setattr(distill_choice, "_PROMPTS", 1)
     weights, _, report = node(model, latents=pictures(32), choice="balanced")
     kept = set(demo_sites(model)) - set(weights.sites)
     sentence = next(line for line in report.splitlines() if line.startswith("- choice: balanced:"))
