@@ -171,7 +171,8 @@ class DeltaConvBlock(nn.Module):
         tokens = cast(PooledAttention, self._modules["tokens"])
         if torch.is_grad_enabled():
             return self.convolved(x) + tokens(x)
-        if x.device.type == "cpu":
+        hooked = tokens._forward_hooks or tokens._forward_pre_hooks
+        if x.device.type == "cpu" and not hooked:
             with self._lend(self._linears(), x) as lent:
                 if lent is not None:
                     return self._onto_tokens(x, tokens, lent)

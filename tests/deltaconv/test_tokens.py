@@ -135,10 +135,11 @@ def test_without_a_record_a_map_is_passed_over_less_often():
     assert maps.isdisjoint({"aten::mean", "aten::add", "aten::add_", "aten::cat"})
 
 
-def test_a_block_whose_weights_cannot_be_lent_is_called_as_a_module():
+@pytest.mark.parametrize("name", ["conv_up", "conv_out", "conv_pool", "tokens", "tokens.out"])
+def test_modules_that_are_listened_to_are_called(name):
     block, x = block_of(32, heads=4), torch.randn(2, 9, 16, 32)
     expected, calls = block(x), []
-    block.conv_out.register_forward_hook(lambda *_: calls.append(1))
+    block.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         assert (block(x) - expected).abs().max() < 1e-5
     assert calls == [1]

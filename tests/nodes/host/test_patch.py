@@ -229,7 +229,7 @@ def test_pooled_tokens_take_maps_of_any_size(base, with_tokens, size):
     called = []
     (blocks,) = patched.get_additional_models_with_key("deltaconv")
     for site in with_tokens.sites:
-        blocks.model[site].tokens.register_forward_hook(
+        blocks.model[site].tokens.out.register_forward_hook(
             lambda module, arguments, result, site=site: called.append(site)
         )
     assert sample(patched, size, batch=2).isfinite().all()
