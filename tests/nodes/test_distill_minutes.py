@@ -41,7 +41,7 @@ def slow_clock(monkeypatch):
 
 @pytest.mark.usefixtures("slow_clock")
 def test_samples_and_steps_fit_into_the_minutes(model):
-    weights, loss_map, report = distill(model, **SMALL, minutes=0.05)
+    weights, loss_map, report = distill(model, **SMALL, minutes=0.03)
     layers, joint = planned(report)
     assert layers >= 1 and len(loss_map["loss"]) <= layers + joint
     assert len(weights.sites) == 10
@@ -53,8 +53,8 @@ def test_samples_and_steps_fit_into_the_minutes(model):
 @pytest.mark.any_comfyui
 @pytest.mark.usefixtures("slow_clock")
 def test_a_done_run_is_trained_for_its_minutes_again(model):
-    first = distill(model, **SMALL, minutes=0.05)
-    again = distill(model, **SMALL, minutes=0.05, seed=1)
+    first = distill(model, **SMALL, minutes=0.03)
+    again = distill(model, **SMALL, minutes=0.03, seed=1)
     before, after = planned(first[2]), planned(again[2])
     assert after and sum(after) > sum(before)
     assert len(again[1]["loss"]) > len(first[1]["loss"])
@@ -67,10 +67,10 @@ def test_a_run_that_became_slow_ends_in_time_and_goes_on_by_its_plan(model, monk
 
     with monkeypatch.context() as slow:
         slow.setattr(distill_time.TimeBudget, "over", True)
-        _, loss_map, report = distill(model, **SMALL, minutes=0.06)
+        _, loss_map, report = distill(model, **SMALL, minutes=0.03)
     assert len(loss_map["loss"]) == 1
     assert "stopped at layers step 1 of " in report and "Queue again to go on" in report
-    _, loss_map, again = distill(model, **SMALL, minutes=0.06)
+    _, loss_map, again = distill(model, **SMALL, minutes=0.03)
     assert planned(again) is None and "resumed after 1 steps" in again
     assert len(loss_map["loss"]) == sum(planned(report)) or "stopped at" in again
 

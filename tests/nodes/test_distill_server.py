@@ -148,7 +148,7 @@ def test_the_workflow_distils_saves_and_compares(server, workflow):
     distill |= {"minutes": 0, "prompts": "red apple\noctopus", "settings": ["settings", 0]}
     settings = defaults_of(server, "DeltaConvDistillSettings")
     settings |= {"layer_steps": 2, "joint_steps": 2, "batch_size": 2}
-    settings |= {"samples": 2, "sample_size": 16}
+    settings |= {"samples": 2, "sample_size": 16, "initialization": "random"}
     prompt["settings"] = {"class_type": "DeltaConvDistillSettings", "inputs": settings}
     nodes["EmptyChromaRadianceLatentImage"] |= {"width": 16, "height": 16}
     nodes["DeltaConvEvaluate"] |= {"steps": 2, "levels": 2, "seeds": "1"}
