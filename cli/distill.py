@@ -129,7 +129,7 @@ def _distill(configuration: "Configuration", engine: "Engine") -> None:
                 inputs.data,
                 settings,
                 gate=gate,
-                start=start,
+                start=start.blocks() if start else None,
                 choose=choose,
                 plan=budget.plan if budget else None,
                 folder=folder / "state",

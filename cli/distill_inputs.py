@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..deltaconv import DeltaConvBlock, demo, read_weights
+from ..deltaconv import DeltaConvWeights, demo, read_weights
 from ..deltaconv.distillation import Dataset, DistillationSettings
 from ..deltaconv.distillation.engine import Engine
 from ..deltaconv.families import native_latent
@@ -64,8 +64,8 @@ def load_teacher(
 
 def chosen_blocks(
     configuration: Configuration, teacher
-) -> tuple[dict[str, DeltaConvBlock] | None, Mapping[str, object], str]:
-    """The blocks to go on from, if any, what to put in place of which layer, and the gate."""
+) -> tuple[DeltaConvWeights | None, Mapping[str, object], str]:
+    """The weights to go on from, if any, what to put in place of which layer, and the gate."""
     from ..deltaconv.distillation import default_kernels, plans_with_tokens
 
     recipe = configuration.recipe
@@ -73,9 +73,7 @@ def chosen_blocks(
         name = configuration.start
         start = read_weights(demo.DELTACONV_PATH if name == "packaged" else Path(name))
         check_fit(start, teacher.dims, teacher.family)
-        plans = {site: block.plan(start.scales[site]) for site, block in start.sites.items()}
-        blocks = {site: start.block(site).float() for site in start.sites}
-        return blocks, recipe or plans, start.gate
+        return start, recipe or start.plans, start.gate
     if not recipe and configuration.kernels == "by size":
         recipe = default_kernels(teacher.model_sites.levels)
     elif not recipe:

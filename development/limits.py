@@ -83,8 +83,7 @@ def measure(output: Path) -> dict[str, dict[str, float]]:
 
     found = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     teacher = load_teacher(Configuration(), default_settings())
-    weights = read_weights(demo.DELTACONV_PATH)
-    blocks = {site: weights.block(site).float() for site in weights.sites}
+    blocks = read_weights(demo.DELTACONV_PATH).blocks()
     with teacher, torch.no_grad():
         data = chosen_data(Configuration(), teacher)
         others = [index for index, name in enumerate(demo.pictures()[1]) if name not in TWELVE]

@@ -188,8 +188,7 @@ def subjects(teacher, data, settings, folder: Path) -> Iterator[Subject]:
     kernels = default_kernels(teacher.model_sites.levels)
 
     def load(path):
-        weights = read_weights(path)
-        return {site: weights.block(site).float() for site in weights.sites}
+        return read_weights(path).blocks()
 
     @cache
     def trained(name: str) -> Mapping:

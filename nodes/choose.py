@@ -148,11 +148,10 @@ class DeltaConvChoose(Node):
         chosen, report = facts.point, choice_report(facts)
         if not sampled:
             report += "\n\nNo pictures: connect a VAE that decodes this model's latents."
-        plans = {site: g.plan(deltaconv.scales[site]) for site, g in deltaconv.sites.items()}
         page = choice_page(facts.measured, facts.named, facts.chosen, sampled)
         return io.NodeOutput(
             deltaconv.only(chosen.replaced, chosen.start),
-            choice_recipe(facts, plans),
+            choice_recipe(facts, deltaconv.plans),
             to_tensor(page),
             report,
         )

@@ -117,7 +117,7 @@ class DeltaConvEvaluate(Node):
         with torch.inference_mode(False), torch.no_grad():
             teacher = ComfyTeacher(model)
             check_fit(deltaconv, teacher.dims, teacher.family)
-            blocks = {site: deltaconv.block(site).float() for site in deltaconv.sites}
+            blocks = deltaconv.blocks()
             conditions = conditions_of([positive])
             if not conditions:
                 raise ValueError("Expected conditioning in positive, got an empty one.")

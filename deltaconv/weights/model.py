@@ -9,7 +9,7 @@ from torch import nn
 
 from ..block import DeltaConvBlock
 from ..families import families_of
-from ..geometry import BlockGeometry, canonical_tensor
+from ..geometry import BlockGeometry, BlockPlan, canonical_tensor
 from ..start import EXPECTED, is_start
 
 
@@ -56,6 +56,11 @@ class DeltaConvWeights:
         return {site: geometry.dim for site, geometry in self.sites.items()}
 
     @property
+    def plans(self) -> dict[str, BlockPlan]:
+        """Site path → the plan by which a block of the same kind is made there."""
+        return {site: block.plan(self.scales[site]) for site, block in self.sites.items()}
+
+    @property
     def families(self) -> tuple[str, ...]:
         """Families these weights are for: the one they name, else all whose sites they fit."""
         if self.family:
@@ -88,6 +93,10 @@ class DeltaConvWeights:
         tensors = self.tensors[site].items()
         require_finite(site, tensors, self.source)
         return {name: canonical_tensor(name, tensor) for name, tensor in tensors}
+
+    def blocks(self) -> dict[str, DeltaConvBlock]:
+        """Site path → its block in float32, as distillation and evaluation take them."""
+        return {site: self.block(site).float() for site in self.sites}
 
     def block(
         self, site: str, *, gate: str | None = None, operations: ModuleType | type = nn

@@ -209,8 +209,8 @@ class _Run:
 
     def __post_init__(self):
         self.blocks = {
-            site: self.weights.block(site).float().to(self.teacher.device).eval()
-            for site in self.weights.sites
+            site: block.to(self.teacher.device).eval()
+            for site, block in self.weights.blocks().items()
         }
 
     @property

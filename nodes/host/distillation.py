@@ -110,7 +110,7 @@ def _distil(
             data,
             settings,
             gate=gate,
-            start={site: start.block(site).float() for site in start.sites} if start else None,
+            start=start.blocks() if start else None,
             choose=choice,
             plan=budget.plan if budget else None,
             folder=folder,
@@ -155,7 +155,7 @@ def _recipe(teacher: ComfyTeacher, inputs: DistillInputs) -> dict[str, BlockPlan
             )
         return recipe.replaced
     if start is not None:
-        return {site: block.plan(start.scales[site]) for site, block in start.sites.items()}
+        return start.plans
     if inputs.tokens:
         return plans_with_tokens(teacher)
     published = FAMILIES.get(teacher.family) if inputs.published else None
