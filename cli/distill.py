@@ -17,7 +17,8 @@ The configuration is a YAML file, all of its entries optional; without one the d
     kernels: by size             # without a recipe: all sites, 11, 9, 7 by level; or 5 and pooled
                                  # tokens: small ones, and an attention over 64 means of the map
     start: weights.safetensors   # weights to go on from in place of an initialization, with their
-                                 # layers, kernels and gate; packaged: those of the demo
+                                 # layers, kernels, gate and the step from which they act;
+                                 # packaged: those of the demo
     choice: balanced             # without a recipe: which layers and steps get blocks; faithful
                                  # saves less time, fastest takes all of them
     minutes: 10                  # how long it may take; default: the steps of the settings
@@ -43,6 +44,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -111,6 +113,8 @@ def _distill(configuration: "Configuration", engine: "Engine") -> None:
         encoders = not configuration.store
         teacher = load_teacher(configuration, settings, joint=bool(budget), encoders=encoders)
         start, recipe, gate = chosen_blocks(configuration, teacher)
+        if start and "start" not in configuration.settings:
+            settings = replace(settings, start=start.start)
         folder.mkdir(parents=True, exist_ok=True)
         # Before the teacher is loaded: a CLIP or VAE that needs its memory would push it out.
         inputs = chosen_inputs(configuration, teacher, budget.enough_samples, engine)

@@ -62,8 +62,9 @@ def _distil(
     conditions, empty = _conditions(teacher, inputs)
     if empty is None:
         settings = settings.unguided()
-    if options.recipe is not None:
-        settings = replace(settings, start=options.recipe.start)
+    # A recipe says from where blocks act, else what they go on from.
+    if acting := options.recipe or start:
+        settings = replace(settings, start=acting.start)
     report = DistillationReport()
     preview = LivePreview(teacher, options.preview_every, name, planned=bool(budget))
     given = latents_of(teacher, inputs.latents)

@@ -12,7 +12,7 @@ from comfyui_deltaconv.cli import CommandError, distill
 from comfyui_deltaconv.cli.distill import distill_as
 from comfyui_deltaconv.cli.distill_config import Configuration, chosen_settings, read_configuration
 from comfyui_deltaconv.cli.distill_inputs import read_pictures
-from comfyui_deltaconv.deltaconv import demo, read_weights
+from comfyui_deltaconv.deltaconv import demo, read_weights, write_weights
 from comfyui_deltaconv.deltaconv.distillation import PRESETS, code_settings, paper_settings
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -81,6 +81,19 @@ def test_packaged_weights_are_gone_on_from(tmp_path, pictures, capsys):
     config |= {"recipe": {site: packaged.sites[site].kernel_size}, "folder": str(tmp_path / "one")}
     distill_as(Configuration(**config))
     assert list(read_weights(tmp_path / "one" / "deltaconv.safetensors").sites) == [site]
+
+
+def test_weights_gone_on_from_keep_where_they_act(tmp_path, pictures):
+    packaged = read_weights(demo.DELTACONV_PATH)
+    late = packaged.only(list(packaged.sites)[:1], 0.4)
+    path = write_weights(late, tmp_path / "late.safetensors")
+    settings = {"layers": {"steps": 1, "batch": 1}, "joint": {"steps": 0}}
+    for name, more, expected in (("kept", {}, 0.4), ("said", {"start": 0.2}, 0.2)):
+        folder = tmp_path / name
+        config = {"data": str(pictures), "size": 16, "start": str(path), "folder": str(folder)}
+        distill_as(Configuration(**config, settings=settings | more))
+        found = read_weights(folder / "deltaconv.safetensors")
+        assert (found.start, found.sites) == (expected, late.sites)
 
 
 def test_weights_that_cannot_be_gone_on_from_are_refused(tmp_path, pictures):

@@ -439,6 +439,16 @@ def test_node_goes_on_from_weights_it_is_given(model):
     assert last < 0.9 * first
 
 
+def test_weights_gone_on_from_keep_where_they_act(model):
+    weights = read_weights(demo.DELTACONV_PATH)
+    late = weights.only(list(weights.sites)[:2], 0.4)
+    trained = node(model, start=late, layer_steps=1)[0]
+    assert (trained.start, trained.sites) == (0.4, late.sites)
+    recipe = Recipe(late.plans, start=0.2)
+    trained = node(model, start=late, recipe=recipe, folder="recipe", layer_steps=1)[0]
+    assert (trained.start, trained.sites) == (0.2, late.sites)
+
+
 def test_weights_to_start_from_must_fit_the_recipe(model):
     site = "middle_block.1.transformer_blocks.0.attn1"
     recipe = Recipe({site: BlockPlan(3, (1.0,))})
